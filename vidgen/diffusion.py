@@ -1,0 +1,111 @@
+"""Noise levels, schedules and what a network predicts.
+
+One process, x = alpha · x0 + sigma · eps, serves every family. Schedules are
+made on the host in float64; a network sees them in float32.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+ArrayLike = jax.Array | np.ndarray | np.floating
+
+
+class NoiseLevel(NamedTuple):
+  """How much of a sample is signal, and how much is noise.
+
+  Attributes:
+    alpha: Factor of the clean sample.
+    sigma: Standard deviation of the noise.
+    timestep: What the network is told of the level.
+  """
+
+  alpha: ArrayLike
+  sigma: ArrayLike
+  timestep: ArrayLike
+
+
+class Schedule(NamedTuple):
+  """The levels that a sampler visits.
+
+  Attributes:
+    now: The level at which each step predicts.
+    next: The level that each step reaches. It need not be the next step's
+      `now`: where the number of steps does not divide the trained levels,
+      published samplers leave a gap.
+  """
+
+  now: NoiseLevel
+  next: NoiseLevel
+
+  def __len__(self) -> int:
+    return len(self.now.alpha)
+
+  def tail(self, steps: int) -> "Schedule":
+    """Returns the last `steps` steps."""
+    cut = lambda level: NoiseLevel(*(x[len(x) - steps :] for x in level))
+    return Schedule(cut(self.now), cut(self.next))
+
+
+def zero_terminal_snr(
+  *,
+  levels: int = 1000,
+  beta_start: float = 0.00085,
+  beta_end: float = 0.012,
+  snr_shift: float = 1.0,
+) -> Float[np.ndarray, " levels"]:
+  """Returns alpha² of the trained levels; the last is exactly 0.
+
+  Betas are linear in their square roots; the signal-to-noise ratio is shifted,
+  then rescaled to end at zero: Lin et al., https://arxiv.org/abs/2305.08891,
+  algorithm 1, and diffusers' scheduling_ddim_cogvideox.py.
+  """
+  betas = np.linspace(beta_start**0.5, beta_end**0.5, levels) ** 2
+  alpha2 = np.cumprod(1 - betas)
+  alpha2 = alpha2 / (snr_shift + (1 - snr_shift) * alpha2)
+  alpha = np.sqrt(alpha2)
+  first, last = alpha[0], alpha[-1]
+  return ((alpha - last) * first / (first - last)) ** 2
+
+
+def trailing(alpha2: Float[np.ndarray, " levels"], num_steps: int) -> Schedule:
+  """Returns `num_steps` evenly spaced levels that start at the last one.
+
+  Lin et al., https://arxiv.org/abs/2305.08891, section 3.3. As in diffusers, a
+  step reaches the level `levels // num_steps` below its own, and the clean
+  sample below level 0.
+
+  Args:
+    alpha2: alpha² of the trained levels.
+    num_steps: Steps, at most as many as levels.
+  """
+  levels = len(alpha2)
+  timestep = np.round(np.arange(levels, 0, -levels / num_steps)) - 1
+  timestep = timestep.astype(np.int64)[:num_steps]
+  reached = timestep - levels // num_steps
+  at = lambda t: np.where(t >= 0, alpha2[np.maximum(t, 0)], 1.0)
+  level = lambda t: NoiseLevel(
+    np.sqrt(at(t)), np.sqrt(1 - at(t)), t.astype(np.float64)
+  )
+  return Schedule(level(timestep), level(reached))
+
+
+def x0_from_v(
+  x: Float[Array, "*shape"], v: Float[Array, "*shape"], level: NoiseLevel
+) -> Float[Array, "*shape"]:
+  """x0 = alpha · x - sigma · v, where alpha² + sigma² = 1.
+
+  Salimans and Ho, https://arxiv.org/abs/2202.00512, appendix D.
+  """
+  return level.alpha * x - level.sigma * v
+
+
+def add_noise(
+  x0: Float[Array, "*shape"],
+  noise: Float[Array, "*shape"],
+  level: NoiseLevel,
+) -> Float[Array, "*shape"]:
+  """x = alpha · x0 + sigma · noise."""
+  return level.alpha * x0 + level.sigma * noise

@@ -1,0 +1,74 @@
+"""From a folder or a hub id to a pipeline."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from vidgen import checkpoint, errors, sharding, tensorfile, weights
+from vidgen.models import base
+from vidgen.pipeline import Pipeline
+
+DTYPES = ("bfloat16", "float16", "float32")
+RESIDENCIES = ("all", "stage")
+
+
+def load(
+  path_or_hub_id: str,
+  dtype: Any,
+  mesh: Mapping[str, int] | None,
+  *,
+  revision: str | None,
+  residency: str,
+  lora: str | None,
+  lora_scale: float,
+) -> Pipeline:
+  """Loads a checkpoint; see `vidgen.load`."""
+  dtype = jnp.dtype(dtype)
+  if dtype.name not in DTYPES:
+    raise errors.InputError(
+      f"dtype: {dtype.name} is not one of {', '.join(DTYPES)}."
+    )
+  if residency not in RESIDENCIES:
+    raise errors.InputError(
+      f"residency: {residency!r} is not one of {', '.join(RESIDENCIES)}."
+    )
+  mesh = sharding.make_mesh(mesh)
+  folder = checkpoint.resolve(path_or_hub_id, revision)
+  model = base.find_family(folder).open_model(folder, dtype)
+  params = {}
+  for component in model.components:
+    where = None
+    if residency == "all":
+      where = sharding.shardings(component.shapes(), mesh)
+    params[component.name] = checkpoint.load_component(
+      folder, component, shardings=where, dtype=dtype
+    )
+  if lora is not None:
+    params = _merge_lora(params, model.components, lora, lora_scale)
+  return Pipeline(model, params, mesh, on_host=residency == "stage")
+
+
+def _merge_lora(params, components, path, scale):
+  """Adds a LoRA to every component that it names."""
+  if not pathlib.Path(path).is_file():
+    raise errors.InputError(f"{path}: there is no such LoRA file.")
+  files = tensorfile.open_file(pathlib.Path(path))
+  parts = {name.split(".", 1)[0] for name in files}
+  named = [c for c in components if c.name in parts]
+  if unknown := parts - {c.name for c in named}:
+    raise errors.InputError(
+      f"{path}: no LoRA of this model; it names {', '.join(sorted(unknown))}, "
+      f"the model has {', '.join(c.name for c in components)}."
+    )
+  params = dict(params)
+  for component in named:
+    params[component.name] = weights.merge_lora(
+      params[component.name],
+      files,
+      component.table,
+      prefix=f"{component.name}.",
+      scale=scale,
+    )
+  return params

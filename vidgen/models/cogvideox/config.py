@@ -1,0 +1,212 @@
+"""The five published variants, and reading a checkpoint's own config."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from vidgen import errors
+from vidgen.encoders import t5
+from vidgen.models.cogvideox import transformer, vae
+
+
+@dataclasses.dataclass
+class SchedulerConfig:
+  """The trained noise levels; names of the published scheduler_config.json."""
+
+  num_train_timesteps: int = 1000
+  beta_start: float = 0.00085
+  beta_end: float = 0.012
+  snr_shift_scale: float = 3.0
+
+
+@dataclasses.dataclass
+class Config:
+  """A CogVideoX model.
+
+  Attributes:
+    transformer: The expert DiT.
+    vae: The 3-D causal autoencoder.
+    text_encoder: T5 v1.1.
+    scheduler: Noise levels.
+    sampler: The sampler of the published pipeline.
+    fps: Frames a second of the training videos.
+  """
+
+  transformer: transformer.TransformerConfig
+  vae: vae.VaeConfig
+  text_encoder: t5.T5Config
+  scheduler: SchedulerConfig
+  sampler: str = "ddim"
+  fps: int = 8
+
+
+_5B = {
+  "num_layers": 42,
+  "num_attention_heads": 48,
+  "use_rotary_positional_embeddings": True,
+}
+_1_5 = {
+  **_5B,
+  "patch_size_t": 2,
+  "sample_height": 96,
+  "sample_width": 170,
+  "sample_frames": 81,
+}
+
+
+def _variant(transformer_fields, vae_fields, snr_shift_scale, fps=8) -> Config:
+  return Config(
+    transformer=transformer.TransformerConfig(**transformer_fields),
+    vae=vae.VaeConfig(**vae_fields),
+    text_encoder=t5.T5Config(),
+    scheduler=SchedulerConfig(snr_shift_scale=snr_shift_scale),
+    fps=fps,
+  )
+
+
+def config_2b() -> Config:
+  """CogVideoX-2b: text to video, sincos positions."""
+  return _variant({}, {"scaling_factor": 1.15258426}, 3.0)
+
+
+def config_5b() -> Config:
+  """CogVideoX-5b: text to video, rotary positions."""
+  return _variant(_5B, {"scaling_factor": 0.7}, 1.0)
+
+
+def config_5b_i2v() -> Config:
+  """CogVideoX-5b-I2V: image to video, rotary and learned positions."""
+  fields = {
+    **_5B,
+    "in_channels": 32,
+    "use_learned_positional_embeddings": True,
+  }
+  return _variant(fields, {"scaling_factor": 0.7}, 1.0)
+
+
+def config_1_5_5b() -> Config:
+  """CogVideoX1.5-5B: text to video, patches of two latent frames."""
+  vae_fields = {"scaling_factor": 0.7, "invert_scale_latents": True}
+  return _variant(_1_5, vae_fields, 1.0, fps=16)
+
+
+def config_1_5_5b_i2v() -> Config:
+  """CogVideoX1.5-5B-I2V: image to video, with an offset embedding."""
+  fields = {**_1_5, "in_channels": 32, "ofs_embed_dim": 512}
+  vae_fields = {"scaling_factor": 0.7, "invert_scale_latents": True}
+  return _variant(fields, vae_fields, 1.0, fps=16)
+
+
+# What the networks fix; a checkpoint that says otherwise is not read.
+_TRANSFORMER_FIXED = {
+  "flip_sin_to_cos": True,
+  "freq_shift": 0,
+  "dropout": 0.0,
+  "attention_bias": True,
+  "activation_fn": "gelu-approximate",
+  "timestep_activation_fn": "silu",
+  "norm_elementwise_affine": True,
+}
+_SCHEDULER_FIXED = {
+  "beta_schedule": "scaled_linear",
+  "prediction_type": "v_prediction",
+  "rescale_betas_zero_snr": True,
+  "set_alpha_to_one": True,
+  "timestep_spacing": "trailing",
+  "trained_betas": None,
+}
+# diffusers' defaults for the keys that must be there to be what they should.
+_SCHEDULER_DEFAULTS = {
+  "prediction_type": "epsilon",
+  "rescale_betas_zero_snr": False,
+  "timestep_spacing": "leading",
+}
+_SAMPLERS = {
+  "CogVideoXDDIMScheduler": "ddim",
+  "CogVideoXDPMScheduler": "dpmpp_2m_sde",
+}
+
+
+def read_config(folder: pathlib.Path) -> Config:
+  """Reads the config of a checkpoint in the published layout.
+
+  Keys that an old file lacks take the defaults that diffusers gives them.
+
+  Raises:
+    InputError: A component's config is missing, or asks for what no published
+      model has.
+    CorruptError: A config is not JSON.
+  """
+  path = folder / "transformer" / "config.json"
+  published = _read(path)
+  fields = _pick(path, published, transformer.TransformerConfig)
+  _check_fixed(path, published, _TRANSFORMER_FIXED)
+  dit = transformer.TransformerConfig(**fields)
+  if dit.use_learned_positional_embeddings and not (
+    dit.use_rotary_positional_embeddings
+  ):
+    raise errors.InputError(
+      f"{path}: learned positions without rotary ones are not supported."
+    )
+  if dit.patch_size_t is None and published.get("patch_bias", True) is False:
+    raise errors.InputError(
+      f"{path}: patch_bias=false without patch_size_t is not supported."
+    )
+
+  path = folder / "scheduler" / "scheduler_config.json"
+  published = _read(path)
+  name = published.get("_class_name", "CogVideoXDDIMScheduler")
+  if name not in _SAMPLERS:
+    raise errors.InputError(
+      f"{path}: unknown scheduler {name}; known are {', '.join(_SAMPLERS)}."
+    )
+  _check_fixed(path, {**_SCHEDULER_DEFAULTS, **published}, _SCHEDULER_FIXED)
+  return Config(
+    transformer=dit,
+    vae=vae.vae_config(_read(folder / "vae" / "config.json")),
+    text_encoder=t5.t5_config(_read(folder / "text_encoder" / "config.json")),
+    scheduler=SchedulerConfig(**_pick(path, published, SchedulerConfig)),
+    sampler=_SAMPLERS[name],
+    fps=8 if dit.patch_size_t is None else 16,
+  )
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  if not path.is_file():
+    raise errors.InputError(
+      f"{path}: missing; the checkpoint needs its {path.parent.name}/ folder."
+    )
+  try:
+    published = json.loads(path.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as e:
+    raise errors.CorruptError(f"{path}: not JSON ({e}).") from e
+  if not isinstance(published, dict):
+    raise errors.CorruptError(f"{path}: not a JSON object.")
+  return published
+
+
+def _pick(path, published: dict[str, Any], config: type) -> dict[str, Any]:
+  """The fields of `config` that the file has, with their types checked."""
+  fields = {}
+  for field in dataclasses.fields(config):
+    if field.name not in published:
+      continue
+    value = published[field.name]
+    if field.type is float and type(value) is int:
+      value = float(value)
+    if not isinstance(value, field.type):
+      raise errors.CorruptError(
+        f"{path}: {field.name} is {value!r}, expected {field.type}."
+      )
+    fields[field.name] = value
+  return fields
+
+
+def _check_fixed(path, published: dict[str, Any], fixed: dict[str, Any]):
+  for key, value in fixed.items():
+    if published.get(key, value) != value:
+      raise errors.InputError(
+        f"{path}: {key}={published[key]!r} is not supported; every published "
+        f"model has {value!r}."
+      )

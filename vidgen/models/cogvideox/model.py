@@ -1,0 +1,207 @@
+"""CogVideoX as pure functions of one tree of parameters."""
+
+import dataclasses
+import functools
+import pathlib
+import warnings
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key, PyTree
+
+from vidgen import diffusion, samplers
+from vidgen.encoders import t5, tokenizer
+from vidgen.models import base
+from vidgen.models.cogvideox import (
+  chunks,
+  plan,
+  transformer,
+  transformer_weights,
+  vae,
+  vae_weights,
+)
+from vidgen.models.cogvideox.config import Config
+
+
+def components(config: Config) -> tuple[base.Component, ...]:
+  """Returns the three networks of a CogVideoX model."""
+  temporal_patches = config.transformer.patch_size_t is not None
+  return (
+    base.Component(
+      "text_encoder",
+      functools.partial(_init_text_encoder, config.text_encoder),
+      t5.T5_TABLE,
+    ),
+    base.Component(
+      "transformer",
+      functools.partial(transformer.init, config.transformer),
+      transformer_weights.table(temporal_patches),
+    ),
+    base.Component(
+      "vae",
+      functools.partial(vae.init, config.vae),
+      vae_weights.VAE_TABLE,
+    ),
+  )
+
+
+def _init_text_encoder(config: t5.T5Config, key: Key[Array, ""]) -> PyTree:
+  ids = jnp.zeros((1, 1), jnp.int32)
+  return t5.T5Encoder(config).init(key, ids)["params"]
+
+
+@dataclasses.dataclass
+class CogVideoX:
+  """A model of the family; see `base.Model`.
+
+  Attributes:
+    config: The architecture.
+    dtype: What the networks compute in.
+    folder: The checkpoint's folder, for its tokenizer.
+  """
+
+  config: Config
+  dtype: DTypeLike
+  folder: pathlib.Path
+
+  @functools.cached_property
+  def components(self) -> tuple[base.Component, ...]:
+    return components(self.config)
+
+  @property
+  def fps(self) -> int:
+    return self.config.fps
+
+  @property
+  def conditioners(self) -> tuple[base.Conditioner, ...]:
+    return (
+      base.Conditioner("text", "text_encoder", ("ids",), self._text),
+      base.Conditioner("image", "vae", ("image",), self._image),
+    )
+
+  @functools.cached_property
+  def _tokenizer(self) -> tokenizer.Tokenizer:
+    return tokenizer.load(self.folder / "tokenizer")
+
+  def plan(self, request: base.Request) -> base.Plan:
+    return plan.plan(self.config, request)
+
+  def inputs(
+    self,
+    prompts: list[str],
+    images: list[np.ndarray] | None,
+    plan: base.Plan,
+  ) -> list[dict[str, np.ndarray]]:
+    length = plan.options["max_text_length"]
+    tokens = self._tokenizer(prompts, length)
+    for prompt, cut in zip(prompts, tokens.truncated, strict=True):
+      if cut is not None:
+        warnings.warn(
+          f"prompt {prompt[:40]!r}...: longer than {length} tokens; the model "
+          f"does not read its end: {cut!r}",
+          stacklevel=2,
+        )
+    inputs = [{"ids": ids[None]} for ids in tokens.ids]
+    scale = plan.options["image_latent_scale"]
+    for one, image in zip(inputs, images or [], strict=images is not None):
+      one["image"] = image[None, None]
+      if scale is not None:
+        one["image_latent_scale"] = np.float32(scale)
+    return inputs
+
+  def condition(
+    self, params: PyTree, inputs: dict[str, Array], key: Array | None
+  ) -> dict[str, Array]:
+    """Returns all the conditioners' embeddings together."""
+    out = {}
+    for stage in self.conditioners:
+      if all(name in inputs for name in stage.needs):
+        out |= stage.apply(params[stage.component], inputs, key)
+    return out
+
+  def _text(self, params, inputs, key):
+    del key
+    encoder = t5.T5Encoder(self.config.text_encoder, dtype=self.dtype)
+    return {"text": encoder.apply({"params": params}, inputs["ids"])}
+
+  def _image(self, params, inputs, key):
+    """The image's latents, to stand in frame 0 of the transformer's input."""
+    config = self.config.vae
+    latents = self._posterior(params, inputs["image"], key)
+    scale = inputs.get("image_latent_scale")
+    if scale is None:
+      # diffusers divides for 1.5, where training forgot to multiply.
+      scale = config.scaling_factor
+      scale = 1 / scale if config.invert_scale_latents else scale
+    return {"image": latents * scale}
+
+  def _posterior(self, params, video, key, tiling=False, slicing=False):
+    """The posterior's mean, or a sample where there are keys; not scaled."""
+    posterior = vae.encode(
+      params,
+      self.config.vae,
+      video,
+      dtype=self.dtype,
+      tiling=self._tiles() if tiling else None,
+      slicing=slicing,
+    )
+    if key is None:
+      return posterior.mean
+    noise = samplers.normal(key, posterior.mean.shape[1:])
+    return vae.sample(posterior, noise)
+
+  def _tiles(self) -> chunks.Tiling:
+    config = self.config.vae
+    return chunks.default_tiling(config.sample_height, config.sample_width)
+
+  def encode(
+    self,
+    params: PyTree,
+    video: Float[Array, "b F H W 3"],
+    key: Key[Array, " b"] | None = None,
+    *,
+    tiling: bool = False,
+    slicing: bool = False,
+  ) -> Float[Array, "b f h w c"]:
+    latents = self._posterior(params["vae"], video, key, tiling, slicing)
+    return latents * self.config.vae.scaling_factor
+
+  def decode(
+    self,
+    params: PyTree,
+    latents: Float[Array, "b f h w c"],
+    post: Callable[[Array], Array] = chunks.identity,
+    *,
+    tiling: bool = False,
+    slicing: bool = False,
+  ) -> Array:
+    return vae.decode(
+      params["vae"],
+      self.config.vae,
+      latents / self.config.vae.scaling_factor,
+      dtype=self.dtype,
+      post=post,
+      tiling=self._tiles() if tiling else None,
+      slicing=slicing,
+    )
+
+  def denoise(
+    self,
+    params: PyTree,
+    x: Float[Array, "b f h w c"],
+    level: diffusion.NoiseLevel,
+    condition: dict[str, Array],
+  ) -> Float[Array, "b f h w c"]:
+    module = transformer.Transformer(self.config.transformer, dtype=self.dtype)
+    inputs = x
+    if "image" in condition:
+      image = condition["image"].astype(x.dtype)
+      rest = [(0, 0), (0, x.shape[1] - image.shape[1]), *[(0, 0)] * 3]
+      inputs = jnp.concatenate([x, jnp.pad(image, rest)], axis=-1)
+    timestep = jnp.broadcast_to(level.timestep, x.shape[:1])
+    v = module.apply(
+      {"params": params["transformer"]}, inputs, condition["text"], timestep
+    )
+    return diffusion.x0_from_v(x, v, level)

@@ -1,0 +1,395 @@
+"""The expert diffusion transformer over text and video tokens.
+
+Yang et al., https://arxiv.org/abs/2408.06072, section 2.2; numerics follow
+diffusers' cogvideox_transformer_3d.py. Text and video are one sequence, text
+first; what differs between them (modulation, rotation) is chosen by position,
+so that the sequence is never split.
+"""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key, PyTree
+
+from vidgen.models.cogvideox import positions
+from vidgen.nn import attention, embeddings, layers, norm, rope
+from vidgen.sharding import constrain
+
+# What the offset embedding of CogVideoX1.5-5B-I2V is asked for, always.
+_OFS = 2.0
+
+
+@dataclasses.dataclass
+class TransformerConfig:
+  """Architecture; the names are those of the published config.json.
+
+  Attributes:
+    num_layers: Blocks.
+    num_attention_heads: Heads of a block.
+    attention_head_dim: Channels of a head.
+    in_channels: Channels of the input: latents, then the image's for I2V.
+    out_channels: Channels of the prediction.
+    time_embed_dim: Width of the embedding that modulates the blocks.
+    ofs_embed_dim: Width of the offset embedding, where the model has it.
+    text_embed_dim: Width of the text encoder's output.
+    patch_size: Latents along height and width of a token.
+    patch_size_t: Latents along time of a token; None is CogVideoX 1.0.
+    sample_height: Height of the trained size, in latents.
+    sample_width: Width of the trained size, in latents.
+    sample_frames: Frames of the trained length, in pixels.
+    max_text_seq_length: Text tokens.
+    norm_eps: Epsilon of the layer norms of tokens.
+    spatial_interpolation_scale: Divides the sincos positions in space.
+    temporal_interpolation_scale: Divides the sincos positions in time.
+    temporal_compression_ratio: Frames of a latent.
+    use_rotary_positional_embeddings: Whether queries and keys are rotated.
+    use_learned_positional_embeddings: Whether the checkpoint holds a table.
+  """
+
+  num_layers: int = 30
+  num_attention_heads: int = 30
+  attention_head_dim: int = 64
+  in_channels: int = 16
+  out_channels: int = 16
+  time_embed_dim: int = 512
+  ofs_embed_dim: int | None = None
+  text_embed_dim: int = 4096
+  patch_size: int = 2
+  patch_size_t: int | None = None
+  sample_height: int = 60
+  sample_width: int = 90
+  sample_frames: int = 49
+  max_text_seq_length: int = 226
+  norm_eps: float = 1e-5
+  spatial_interpolation_scale: float = 1.875
+  temporal_interpolation_scale: float = 1.0
+  temporal_compression_ratio: int = 4
+  use_rotary_positional_embeddings: bool = False
+  use_learned_positional_embeddings: bool = False
+
+  @property
+  def dim(self) -> int:
+    """Width of a token."""
+    return self.num_attention_heads * self.attention_head_dim
+
+  @property
+  def learned_tokens(self) -> int:
+    """Rows of the learned table: the text's, then the trained grid's."""
+    frames = (self.sample_frames - 1) // self.temporal_compression_ratio + 1
+    height = self.sample_height // self.patch_size
+    width = self.sample_width // self.patch_size
+    return self.max_text_seq_length + frames * height * width
+
+
+class Modulation(nn.Module):
+  """Reads `parts` vectors from the time embedding for text and for video.
+
+  The linear layer gives all of the video's, then all of the text's.
+  """
+
+  parts: int
+  features: int
+  param_dtype: DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, temb: Float[Array, "b e"], is_text: Float[Array, " n"]
+  ) -> list[Float[Array, "b n d"]]:
+    out = layers.dense(
+      2 * self.parts * self.features,
+      ("conditioning", "mlp"),
+      name="linear",
+      kernel_init=nn.initializers.zeros,
+      param_dtype=self.param_dtype,
+    )(nn.silu(temb))
+    video, text = jnp.split(out[:, None], 2, axis=-1)
+    is_text = is_text[:, None] > 0
+    pick = lambda t, v: jnp.where(is_text, t, v)
+    parts = functools.partial(
+      jnp.split, indices_or_sections=self.parts, axis=-1
+    )
+    return [pick(t, v) for t, v in zip(parts(text), parts(video), strict=True)]
+
+
+class SelfAttention(nn.Module):
+  """Joint attention of text and video; each head norms queries and keys."""
+
+  heads: int
+  head_dim: int
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    rotation: tuple[Float[Array, "n head_dim"], Float[Array, "n head_dim"]]
+    | None,
+  ) -> Float[Array, "b n d"]:
+    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    dim = self.heads * self.head_dim
+
+    def project(name: str) -> Array:
+      y = layers.dense(dim, ("embed", "heads"), name=name, **dtypes)(x)
+      y = y.reshape(*y.shape[:2], self.heads, self.head_dim)
+      return constrain(y, "batch", "tokens", "activation_heads", "head_dim")
+
+    def normed(name: str) -> Array:
+      scale = norm.LayerNorm(1e-6, self.param_dtype, name=f"{name}_norm")
+      y = scale(project(name))
+      if rotation is not None:
+        y = rope.rotate(y, *rotation)
+      return y.astype(self.dtype)
+
+    out = attention.attention(normed("query"), normed("key"), project("value"))
+    out = out.reshape(*x.shape[:2], dim)
+    return layers.dense(x.shape[-1], ("heads", "embed"), name="out", **dtypes)(
+      out
+    )
+
+
+class FeedForward(nn.Module):
+  """Two dense layers around the tanh approximation of GELU."""
+
+  hidden: int
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    y = layers.dense(self.hidden, ("embed", "mlp"), name="in", **dtypes)(x)
+    y = constrain(y, "batch", "tokens", "activation_mlp")
+    y = nn.gelu(y, approximate=True)
+    return layers.dense(x.shape[-1], ("mlp", "embed"), name="out", **dtypes)(y)
+
+
+class Block(nn.Module):
+  """Attention and feed-forward, each modulated and gated by expert adaLN.
+
+  The layer norm is shared by text and video; shift, scale and gate are not.
+  Modulation and residual sums run in float32.
+  """
+
+  heads: int
+  head_dim: int
+  norm_eps: float
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    temb: Float[Array, "b e"],
+    is_text: Float[Array, " n"],
+    rotation: tuple[Float[Array, "n head_dim"], Float[Array, "n head_dim"]]
+    | None,
+  ) -> tuple[Float[Array, "b n d"], None]:
+    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    attend = SelfAttention(
+      self.heads, self.head_dim, name="attention", **dtypes
+    )
+    feed = FeedForward(4 * x.shape[-1], name="feed_forward", **dtypes)
+    x = self._gated("1", x, temb, is_text, lambda y: attend(y, rotation))
+    x = self._gated("2", x, temb, is_text, feed)
+    return constrain(x, "batch", "tokens", "activation_embed"), None
+
+  def _gated(self, index, x, temb, is_text, layer):
+    """x + gate · layer(norm(x) · (1 + scale) + shift)."""
+    modulation = Modulation(
+      3, x.shape[-1], self.param_dtype, name=f"modulation_{index}"
+    )
+    shift, scale, gate = modulation(temb, is_text)
+    normed = norm.LayerNorm(
+      self.norm_eps, self.param_dtype, name=f"norm_{index}"
+    )(x)
+    y = layer((normed * (1 + scale) + shift).astype(self.dtype))
+    y = x.astype(jnp.float32) + gate * y.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+class PatchEmbed(nn.Module):
+  """Projects patches of latents to tokens, the time axis slowest.
+
+  CogVideoX 1.0 convolves patches of one latent frame; 1.5 projects patches of
+  `patch_size_t` frames, flattened as (channel, time, height, width).
+  """
+
+  features: int
+  patch_size: int
+  patch_size_t: int | None
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b n d"]:
+    b, f, h, w, c = x.shape
+    p, t = self.patch_size, self.patch_size_t or 1
+    x = x.astype(self.dtype).reshape(b, f // t, t, h // p, p, w // p, p, c)
+    if self.patch_size_t is None:
+      order, names = (0, 1, 3, 5, 2, 4, 6, 7), (None, None, None, "embed")
+      shape = (p, p, c, self.features)
+    else:
+      order, names = (0, 1, 3, 5, 7, 2, 4, 6), (None, "embed")
+      shape = (c * t * p * p, self.features)
+    x = x.transpose(order).reshape(b, -1, t * p * p * c)
+    init = nn.initializers.xavier_uniform()
+    boxed = nn.with_logical_partitioning(init, names)
+    kernel = self.param("kernel", boxed, shape, self.param_dtype)
+    zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
+    bias = self.param("bias", zeros, (self.features,), self.param_dtype)
+    kernel = kernel.reshape(-1, self.features).astype(self.dtype)
+    return x @ kernel + bias.astype(self.dtype)
+
+
+class Transformer(nn.Module):
+  """Predicts v from noisy latents, text and timestep.
+
+  Raises on a call whose size the checkpoint's positions cannot serve.
+  """
+
+  config: TransformerConfig
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    latents: Float[Array, "b f h w c"],
+    text: Float[Array, "b l e"],
+    timestep: Float[Array, " b"],
+  ) -> Float[Array, "b f h w c_out"]:
+    config, (_, f, h, w, _) = self.config, latents.shape
+    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    p = config.patch_size
+    grid = (f // (config.patch_size_t or 1), h // p, w // p)
+    length = text.shape[1]
+
+    temb = self._embed_time(timestep)
+    x = PatchEmbed(
+      config.dim, p, config.patch_size_t, name="patch_embed", **dtypes
+    )(latents)
+    text = layers.dense(
+      config.dim, ("conditioning", "embed"), name="text_embed", **dtypes
+    )(text.astype(self.dtype))
+    x = jnp.concatenate([text, x], axis=1)
+    x = self._add_positions(x, grid, length, frames=f)
+    x = constrain(x, "batch", "tokens", "activation_embed")
+
+    is_text = (jnp.arange(x.shape[1]) < length).astype(jnp.float32)
+    blocks = nn.scan(
+      Block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=config.num_layers,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(
+      config.num_attention_heads,
+      config.attention_head_dim,
+      config.norm_eps,
+      name="blocks",
+      **dtypes,
+    )
+    x, _ = blocks(x, temb, is_text, self._rotation(grid, length))
+    return self._head(x[:, length:], temb, grid)
+
+  def _embed_time(self, timestep):
+    """The time embedding, with the constant offset's added; float32."""
+    config = self.config
+    mlp = lambda features, name: embeddings.ScalarEmbedding(
+      features, param_dtype=self.param_dtype, name=name
+    )
+    time = embeddings.sinusoid(timestep, config.dim)
+    temb = mlp(config.time_embed_dim, "time_embedding")(time)
+    if config.ofs_embed_dim is not None:
+      ofs = embeddings.sinusoid(jnp.full((1,), _OFS), config.ofs_embed_dim)
+      temb = temb + mlp(config.ofs_embed_dim, "ofs_embedding")(ofs)
+    return temb
+
+  def _add_positions(self, x, grid, length, frames):
+    """Adds the learned or the sincos table, where the model has one."""
+    config = self.config
+    if config.use_learned_positional_embeddings:
+      init = nn.with_logical_partitioning(
+        nn.initializers.zeros, (None, None, "embed")
+      )
+      shape = (1, config.learned_tokens, config.dim)
+      table = self.param("pos_embedding", init, shape, self.param_dtype)
+      pixels = (frames - 1) * config.temporal_compression_ratio + 1
+      if pixels == config.sample_frames:
+        return x + table.astype(x.dtype)
+      # diffusers silently falls back to sincos at another length: parity.
+    elif config.use_rotary_positional_embeddings:
+      return x
+    table = positions.sincos_table(
+      grid,
+      config.dim,
+      config.spatial_interpolation_scale,
+      config.temporal_interpolation_scale,
+    )
+    return x.at[:, length:].add(jnp.asarray(table, x.dtype))
+
+  def _rotation(self, grid, length):
+    """Cosines and sines of every token; the text is not rotated."""
+    config = self.config
+    if not config.use_rotary_positional_embeddings:
+      return None
+    base = (
+      config.sample_height // config.patch_size,
+      config.sample_width // config.patch_size,
+    )
+    where = positions.rotary_positions(
+      grid, base, crop=config.patch_size_t is None
+    )
+    d = config.attention_head_dim
+    cos, sin = rope.tables(where, (d // 4, d // 8 * 3, d // 8 * 3))
+    still = lambda value: jnp.full((length, d), value, jnp.float32)
+    return (
+      jnp.concatenate([still(1.0), cos]),
+      jnp.concatenate([still(0.0), sin]),
+    )
+
+  def _head(self, x, temb, grid):
+    """Norms, modulates and projects the video tokens; float32."""
+    config, param_dtype = self.config, self.param_dtype
+    p, t = config.patch_size, config.patch_size_t or 1
+    x = norm.LayerNorm(config.norm_eps, param_dtype, name="norm_final")(x)
+    modulation = layers.dense(
+      2 * config.dim,
+      ("conditioning", "mlp"),
+      name="modulation_out",
+      param_dtype=param_dtype,
+    )(nn.silu(temb))
+    shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
+    x = norm.LayerNorm(config.norm_eps, param_dtype, name="norm_out")(x)
+    x = layers.dense(
+      t * p * p * config.out_channels,
+      ("embed", None),
+      name="proj_out",
+      param_dtype=param_dtype,
+    )(x * (1 + scale) + shift)
+    f, h, w = grid
+    x = x.reshape(-1, f, h, w, config.out_channels, t, p, p)
+    x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(-1, f * t, h * p, w * p, config.out_channels)
+
+
+def init(config: TransformerConfig, key: Key[Array, ""]) -> PyTree:
+  """Returns random float32 parameters, boxed with their logical axes."""
+  p, t = config.patch_size, config.patch_size_t or 1
+  size = (t, p, p)
+  if config.use_learned_positional_embeddings:
+    frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+    size = (frames, config.sample_height, config.sample_width)
+  text = (1, config.max_text_seq_length, config.text_embed_dim)
+  return Transformer(config).init(
+    key,
+    jnp.zeros((1, *size, config.in_channels)),
+    jnp.zeros(text),
+    jnp.zeros(1),
+  )["params"]

@@ -1,0 +1,418 @@
+"""A loaded model on a mesh: condition, denoise, decode."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from vidgen import arguments, diffusion, errors, samplers, sharding, video
+from vidgen.models import base
+
+
+@runtime_checkable
+class Progress(Protocol):
+  """Who is told how far a call has come."""
+
+  def stage(self, name: str) -> contextlib.AbstractContextManager[None]:
+    """Is entered for as long as a stage lasts."""
+
+  def step(self, done: int, total: int) -> None:
+    """Is called after each denoising step."""
+
+
+def to_float(frames: Array) -> Array:
+  """Maps [-1, 1] to [0, 1], clipped, in float32."""
+  return jnp.clip(frames.astype(jnp.float32) * 0.5 + 0.5, 0, 1)
+
+
+def to_uint8(frames: Array) -> Array:
+  """Maps [-1, 1] to bytes, rounded half to even."""
+  return jnp.round(to_float(frames) * 255).astype(jnp.uint8)
+
+
+_POSTS = {"uint8": to_uint8, "float": to_float}
+
+
+class Pipeline:
+  """Samples videos from a model.
+
+  Attributes:
+    model: The model, without its parameters.
+    params: The parameters of each component: on their devices, or on the host
+      where they come and go with the stages (`residency="stage"`).
+    mesh: The mesh that everything runs on.
+  """
+
+  def __init__(
+    self,
+    model: base.Model,
+    params: dict[str, PyTree],
+    mesh: Mesh,
+    *,
+    on_host: bool = False,
+  ):
+    self.model = model
+    self.params = params
+    self.mesh = mesh
+    self._on_host = on_host
+    # The embeddings of unconditional prompts, the empty one above all.
+    self._unconditional: dict[Any, dict[str, Array]] = {}
+    self._conditioners = [
+      (stage, jax.jit(stage.apply)) for stage in model.conditioners
+    ]
+    self._encode = jax.jit(
+      functools.partial(model.encode, tiling=False),
+      static_argnames=("slicing",),
+    )
+    self._decode = jax.jit(
+      functools.partial(model.decode, tiling=False),
+      static_argnames=("post", "slicing"),
+    )
+    self._run = jax.jit(
+      self._denoise, donate_argnames="state", static_argnames="stochastic"
+    )
+
+  @property
+  def fps(self) -> int:
+    """Frames a second of the model's videos."""
+    return self.model.fps
+
+  def sample(
+    self,
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str] = "",
+    image: Any = None,
+    video: Any = None,
+    strength: float = 0.8,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+    latents: Any = None,
+    output: str = "uint8",
+    *,
+    clips: Sequence[int] | None = None,
+    tiling: bool = False,
+    slicing: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+  ) -> np.ndarray:
+    """Returns videos, one for each prompt.
+
+    What is None is the model's own default.
+
+    Args:
+      prompt: A prompt or several.
+      negative_prompt: What to keep away from; one serves all.
+      image: The first frame, for models that take one: a path, an array
+        `H W 3` or a PIL image, or several; one serves all.
+      video: A video to make anew in part: a path or an array `F H W 3`, or
+        several; one serves all.
+      strength: How much of `video` is made anew, in (0, 1].
+      num_frames: Frames.
+      height: Pixels.
+      width: Pixels.
+      num_steps: Denoising steps.
+      guidance_scale: Classifier-free guidance; at most 1 is none.
+      sampler: "ddim" or "dpmpp_2m_sde".
+      seed: With a clip's id, it decides the clip's noise.
+      latents: Replaces the initial unit-variance noise, `b f h w c`.
+      output: "uint8" is `b F H W 3`, "float" the same in [0, 1], "latents" the
+        scaled latents `b f h w c` without padding.
+      clips: The clips' ids, 0 to b - 1 by default. A clip's noise depends on
+        the seed and its id alone, not on its batch or the mesh.
+      tiling: Encode and decode in overlapping tiles: less memory, other pixels.
+      slicing: Encode and decode clip by clip.
+      progress: Is told of stages and steps.
+      **options: What the family alone has.
+
+    Raises:
+      InputError: An argument that is wrong, or that this model cannot use.
+    """
+    progress = _Silent() if progress is None else progress
+    prompts, negatives = arguments.prompts(prompt, negative_prompt)
+    arguments.check_output(output)
+    videos = (
+      None
+      if video is None
+      else arguments.videos(video, len(prompts), num_frames)
+    )
+    if videos is None and strength != 0.8:
+      raise errors.InputError("strength: has no meaning without a video.")
+    plan = self.model.plan(
+      base.Request(
+        num_frames=num_frames if videos is None else len(videos[0]),
+        height=height,
+        width=width,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        sampler=sampler,
+        strength=None if videos is None else strength,
+        image=image is not None,
+        options=options,
+      )
+    )
+    if plan.guidance is None and any(negatives):
+      raise errors.InputError(
+        "negative_prompt: has no effect at a guidance_scale of at most 1."
+      )
+    images = (
+      None if image is None else arguments.images(image, len(prompts), plan)
+    )
+    clips = arguments.clips(clips, len(prompts), seed)
+    latents = arguments.latents(latents, len(prompts), plan)
+
+    memory = {"tiling": tiling, "slicing": slicing}
+    with self._scope():
+      keys = samplers.keys(seed, clips, samplers.POSTERIOR)
+      condition, unconditional = self._condition(
+        prompts, negatives, images, plan, keys, progress
+      )
+      if latents is None:
+        keys_initial = samplers.keys(seed, clips, samplers.INITIAL)
+        latents = samplers.normal(keys_initial, plan.latents)
+      if videos is not None:
+        latents = self._start(videos, latents, keys, plan, memory, progress)
+      keys = samplers.keys(seed, clips, samplers.STEP)
+      latents = self._loop(
+        latents, condition, unconditional, keys, plan, progress
+      )
+      if output == "latents":
+        return np.asarray(latents)
+      return self._decoded(latents, output, memory, progress)
+
+  def condition(self, prompt: str | Sequence[str], **options: Any) -> PyTree:
+    """Returns the embeddings of prompts, leaves with a leading batch axis."""
+    prompts, _ = arguments.prompts(prompt, "")
+    image = options.pop("image", None)
+    plan = self.model.plan(
+      base.Request(image=image is not None, options=options)
+    )
+    images = (
+      None if image is None else arguments.images(image, len(prompts), plan)
+    )
+    with self._scope():
+      inputs = self.model.inputs(prompts, images, plan)
+      return self._embed(inputs, [None] * len(prompts), _Silent())
+
+  def encode(
+    self, video: Any, *, tiling: bool = False, slicing: bool = False
+  ) -> np.ndarray:
+    """Returns the scaled latents `b f h w c` of a video, the posterior's mean.
+
+    Args:
+      video: `b F H W 3`, floats in [-1, 1].
+      tiling: In overlapping tiles.
+      slicing: Clip by clip.
+    """
+    video = jnp.asarray(video, jnp.float32)
+    with self._scope(), self._resident("vae") as params:
+      encode = self.model.encode if tiling else self._encode
+      extra = {"tiling": True} if tiling else {}
+      return np.asarray(encode(params, video, None, slicing=slicing, **extra))
+
+  def decode(
+    self,
+    latents: Any,
+    output: str = "uint8",
+    *,
+    tiling: bool = False,
+    slicing: bool = False,
+  ) -> np.ndarray:
+    """Returns the videos `b F H W 3` of scaled latents; see `sample`."""
+    arguments.check_output(output)
+    latents = jnp.asarray(latents, jnp.float32)
+    if output == "latents":
+      return np.asarray(latents)
+    memory = {"tiling": tiling, "slicing": slicing}
+    with self._scope():
+      return self._decoded(latents, output, memory, _Silent())
+
+  @contextlib.contextmanager
+  def _scope(self) -> Iterator[None]:
+    """Runs what is within on the mesh, under the rules for logical axes."""
+    with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+      yield
+
+  @contextlib.contextmanager
+  def _resident(self, name: str) -> Iterator[dict[str, PyTree]]:
+    """Gives a component's parameters on the devices, for as long as needed."""
+    if not self._on_host:
+      yield self.params
+      return
+    component = next(c for c in self.model.components if c.name == name)
+    where = sharding.shardings(component.shapes(), self.mesh)
+    placed = jax.device_put(self.params[name], where)
+    try:
+      yield {name: placed}
+    finally:
+      jax.tree.map(lambda leaf: leaf.delete(), placed)
+
+  def _condition(self, prompts, negatives, images, plan, keys, progress):
+    """The embeddings of both branches; the unconditional one may be None."""
+    inputs = self.model.inputs(prompts, images, plan)
+    each = [keys[i : i + 1] for i in range(len(prompts))]
+    if plan.guidance is None:
+      return self._embed(inputs, each, progress), None
+    options = tuple(sorted(plan.options.items()))
+    new = [
+      text
+      for text in dict.fromkeys(negatives)
+      if (text, options) not in self._unconditional
+    ]
+    inputs += self.model.inputs(new, None, plan) if new else []
+    each += [None] * len(new)
+    parts = self._embed_each(inputs, each, progress)
+    b = len(prompts)
+    embedded = dict(zip(new, parts[b:], strict=True))
+    if "" in embedded:
+      self._unconditional["", options] = embedded[""]
+    find = lambda text: embedded.get(text) or self._unconditional[text, options]
+    condition = _stack(parts[:b])
+    # The branches differ in the text alone.
+    return condition, {**condition, **_stack([find(t) for t in negatives])}
+
+  def _embed(self, inputs, keys, progress):
+    return _stack(self._embed_each(inputs, keys, progress))
+
+  def _embed_each(self, inputs, keys, progress):
+    """Runs each stage over all the clips, one by one: no clip sees a batch."""
+    embedded = [{} for _ in inputs]
+    for stage, apply in self._conditioners:
+      todo = [
+        i
+        for i, one in enumerate(inputs)
+        if all(name in one for name in stage.needs)
+      ]
+      if not todo:
+        continue
+      with (
+        progress.stage(stage.stage),
+        self._resident(stage.component) as params,
+      ):
+        for i in todo:
+          embedded[i] |= apply(params[stage.component], inputs[i], keys[i])
+        jax.block_until_ready(embedded)
+    return embedded
+
+  def _start(self, videos, noise, keys, plan, memory, progress):
+    """The latents of given videos, noised to the level of the first step."""
+    frames = np.stack(
+      [
+        np.stack([video.fit(frame, plan.height, plan.width) for frame in v])
+        for v in videos
+      ]
+    )
+    with progress.stage("video"), self._resident("vae") as params:
+      if memory["tiling"]:
+        latents = self.model.encode(params, jnp.asarray(frames), keys, **memory)
+      else:
+        latents = self._encode(params, frames, keys, slicing=memory["slicing"])
+      # Padding repeats the first latent; it is dropped again.
+      first = [latents[:, :1]] * plan.padding
+      latents = jnp.concatenate([*first, latents], axis=1)
+      level = jax.tree.map(lambda a: np.float32(a[0]), plan.schedule.now)
+      latents = diffusion.add_noise(latents, noise, level)
+      return latents.block_until_ready()
+
+  def _loop(self, x, condition, unconditional, keys, plan, progress):
+    """Denoises; returns latents without padding."""
+    coefficients = samplers.SAMPLERS[plan.sampler](plan.schedule)
+    steps = len(plan.schedule)
+    scale = np.ones(steps) if plan.guidance is None else plan.guidance
+    table = samplers.table(plan.schedule, coefficients, scale)
+    stochastic = bool(np.any(coefficients.noise))
+    where = sharding.batch_sharding(self.mesh, len(x))
+    place = lambda tree: jax.device_put(tree, where)
+    condition, unconditional = place(condition), place(unconditional)
+    state = place(samplers.init(x))
+    silent = isinstance(progress, _Silent)
+    stride = steps if silent else 1
+    with progress.stage("denoise"), self._resident("transformer") as params:
+      for i in range(0, steps, stride):
+        state = self._run(
+          params,
+          state,
+          condition,
+          unconditional,
+          table,
+          keys,
+          i,
+          i + stride,
+          stochastic=stochastic,
+        )
+        jax.block_until_ready(state.x)
+        progress.step(i + stride, steps)
+    finite = np.asarray(jnp.isfinite(state.x).all(axis=(1, 2, 3, 4)))
+    if not finite.all():
+      bad = np.flatnonzero(~finite).tolist()
+      raise errors.InputError(
+        f"clips {bad} of the batch came out as NaN or infinity; the usual "
+        "cause is dtype=float16 with weights trained in bfloat16: use "
+        "dtype=bfloat16 or float32."
+      )
+    return state.x[:, plan.padding :]
+
+  def _denoise(
+    self,
+    params,
+    state,
+    condition,
+    unconditional,
+    table,
+    keys,
+    start,
+    stop,
+    *,
+    stochastic,
+  ):
+    """The loop that is compiled."""
+    denoise = lambda x, level, condition: self.model.denoise(
+      params,
+      sharding.constrain(x, "batch", *[None] * (x.ndim - 1)),
+      level,
+      condition,
+    )
+    return samplers.run(
+      samplers.guided(denoise, condition, unconditional),
+      state,
+      table,
+      keys,
+      start,
+      stop,
+      stochastic=stochastic,
+    )
+
+  def _decoded(self, latents, output, memory, progress):
+    with progress.stage("decode"), self._resident("vae") as params:
+      if memory["tiling"]:
+        frames = self.model.decode(params, latents, _POSTS[output], **memory)
+      else:
+        frames = self._decode(
+          params, latents, post=_POSTS[output], slicing=memory["slicing"]
+        )
+      return np.asarray(frames)
+
+
+class _Silent:
+  """Progress that nobody sees: the loop runs as one call."""
+
+  def stage(self, name: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+  def step(self, done: int, total: int) -> None:
+    pass
+
+
+def _stack(parts: list[dict[str, Array]]) -> dict[str, Array]:
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
