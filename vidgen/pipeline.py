@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
@@ -62,6 +61,10 @@ class Pipeline:
     self.params = params
     self.mesh = mesh
     self._on_host = on_host
+    self._where = {
+      component.name: sharding.shardings(component.shapes(), mesh)
+      for component in model.components
+    }
     # The embeddings of unconditional prompts, the empty one above all.
     self._unconditional: dict[Any, dict[str, Array]] = {}
     self._conditioners = [
@@ -173,7 +176,7 @@ class Pipeline:
     latents = arguments.latents(latents, len(prompts), plan)
 
     memory = {"tiling": tiling, "slicing": slicing}
-    with self._scope():
+    with sharding.use(self.mesh):
       keys = samplers.keys(seed, clips, samplers.POSTERIOR)
       condition, unconditional = self._condition(
         prompts, negatives, images, plan, keys, progress
@@ -201,7 +204,7 @@ class Pipeline:
     images = (
       None if image is None else arguments.images(image, len(prompts), plan)
     )
-    with self._scope():
+    with sharding.use(self.mesh):
       inputs = self.model.inputs(prompts, images, plan)
       return self._embed(inputs, [None] * len(prompts), _Silent())
 
@@ -216,7 +219,7 @@ class Pipeline:
       slicing: Clip by clip.
     """
     video = jnp.asarray(video, jnp.float32)
-    with self._scope(), self._resident("vae") as params:
+    with sharding.use(self.mesh), self._resident("vae") as params:
       encode = self.model.encode if tiling else self._encode
       extra = {"tiling": True} if tiling else {}
       return np.asarray(encode(params, video, None, slicing=slicing, **extra))
@@ -235,14 +238,8 @@ class Pipeline:
     if output == "latents":
       return np.asarray(latents)
     memory = {"tiling": tiling, "slicing": slicing}
-    with self._scope():
+    with sharding.use(self.mesh):
       return self._decoded(latents, output, memory, _Silent())
-
-  @contextlib.contextmanager
-  def _scope(self) -> Iterator[None]:
-    """Runs what is within on the mesh, under the rules for logical axes."""
-    with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
-      yield
 
   @contextlib.contextmanager
   def _resident(self, name: str) -> Iterator[dict[str, PyTree]]:
@@ -250,9 +247,7 @@ class Pipeline:
     if not self._on_host:
       yield self.params
       return
-    component = next(c for c in self.model.components if c.name == name)
-    where = sharding.shardings(component.shapes(), self.mesh)
-    placed = jax.device_put(self.params[name], where)
+    placed = jax.device_put(self.params[name], self._where[name])
     try:
       yield {name: placed}
     finally:

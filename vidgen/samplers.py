@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt32
 
 from vidgen.diffusion import NoiseLevel, Schedule
 
@@ -119,14 +119,14 @@ def init(x: Float[Array, " b *shape"]) -> State:
 
 
 def keys(
-  seed: int, clips: Int[np.ndarray, " b"], purpose: int
+  seed: int, clips: UInt32[np.ndarray, " b"], purpose: int
 ) -> Key[Array, " b"]:
   """Returns a key for each clip that depends on nothing but its own id."""
   root = jax.random.key(seed)
   fold = lambda clip: jax.random.fold_in(
     jax.random.fold_in(root, clip), purpose
   )
-  return jax.vmap(fold)(jnp.asarray(clips, jnp.uint32))
+  return jax.vmap(fold)(jnp.asarray(clips))
 
 
 def normal(

@@ -4,7 +4,9 @@ Networks name logical axes ("embed", "heads", ...); this module and `configs/`
 alone know the axes of the mesh.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +41,22 @@ RULES: Rules = (
   ("norm", None),
   ("layers", None),
 )
+
+
+_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar(
+  "rules", default=RULES
+)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
+  """Runs what is within on `mesh`, where `constrain` follows `rules`."""
+  token = _rules.set(rules)
+  try:
+    with jax.set_mesh(mesh):
+      yield
+  finally:
+    _rules.reset(token)
 
 
 def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
@@ -116,7 +134,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  spec = _spec(x.shape, axes, mesh, nn.get_logical_axis_rules() or RULES)
+  spec = _spec(x.shape, axes, mesh, _rules.get())
   return jax.lax.with_sharding_constraint(x, spec)
 
 

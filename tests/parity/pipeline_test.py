@@ -242,3 +242,30 @@ def test_video_to_video(variant, scheduler, dynamic, checkpoint, monkeypatch):
     dynamic_guidance=dynamic,
   )
   compare_frames(f"V2V {variant}, {scheduler}, strength 0.6", got, want)
+
+
+@pytest.mark.parametrize("variant", ["2b", "5b"])
+def test_bfloat16_is_no_worse_than_theirs(variant, checkpoint, monkeypatch):
+  folder, theirs, ours = checkpoint(variant)
+  use_scheduler(theirs, variant, "DDIM")
+  draws = Draws((1, 3, 8, 12, 4), 50, monkeypatch)
+  call = {"num_frames": 9, "max_sequence_length": 32, "output_type": "np"}
+  run = lambda pipeline: (
+    pipeline(
+      PROMPT,
+      latents=draws.torch_initial().to(pipeline.transformer.dtype),
+      **call,
+    ).frames
+  )
+  want = run(theirs)
+  low = type(theirs).from_pretrained(folder, dtype=torch.bfloat16)
+  low.set_progress_bar_config(disable=True)
+  low.scheduler = theirs.scheduler
+  got = vidgen.load(folder, dtype="bfloat16").sample(
+    PROMPT, sampler="ddim", latents=draws.initial, output="float"
+  )
+  psnr = lambda x: -10 * np.log10(np.mean((np.asarray(x) - want) ** 2))
+  their_psnr, our_psnr = psnr(run(low)), psnr(got)
+  compare.note("pipeline, bfloat16 PSNR", f"{variant}, diffusers", their_psnr)
+  compare.note("pipeline, bfloat16 PSNR", f"{variant}, vidgen", our_psnr)
+  assert our_psnr >= their_psnr

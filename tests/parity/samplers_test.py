@@ -41,7 +41,7 @@ def sample(name, plan, x, monkeypatch, noises=None):
   denoise = lambda x, level, scale: diffusion.x0_from_v(
     x, network(jnp, x, level.timestep), level
   )
-  keys = samplers.keys(0, np.arange(SHAPE[0]), samplers.STEP)
+  keys = samplers.keys(0, np.arange(SHAPE[0], dtype=np.uint32), samplers.STEP)
   state = samplers.run(
     denoise,
     samplers.init(jnp.asarray(x)),
@@ -133,7 +133,7 @@ def test_a_step_at_a_time_has_the_bits_of_a_whole_run(monkeypatch):
   denoise = samplers.guided(
     lambda x, level, c: jnp.tanh(x + c + level.timestep / 1000), cond, uncond
   )
-  keys = samplers.keys(3, np.arange(2), samplers.STEP)
+  keys = samplers.keys(3, np.arange(2, dtype=np.uint32), samplers.STEP)
 
   @jax.jit
   def loop(state, start, stop):
@@ -142,7 +142,9 @@ def test_a_step_at_a_time_has_the_bits_of_a_whole_run(monkeypatch):
     )
 
   state = start = samplers.init(
-    samplers.normal(samplers.keys(3, np.arange(2), samplers.INITIAL), (3, 4))
+    samplers.normal(
+      samplers.keys(3, np.arange(2, dtype=np.uint32), samplers.INITIAL), (3, 4)
+    )
   )
   for i in range(len(plan)):
     state = loop(state, i, i + 1)
@@ -153,7 +155,7 @@ def test_a_step_at_a_time_has_the_bits_of_a_whole_run(monkeypatch):
 
 def test_noise_of_a_clip_does_not_depend_on_its_batch():
   draw = lambda clips: samplers.normal(
-    samplers.keys(5, np.asarray(clips), samplers.INITIAL), (4, 4)
+    samplers.keys(5, np.asarray(clips, np.uint32), samplers.INITIAL), (4, 4)
   )
   np.testing.assert_array_equal(draw([3, 7, 9])[1], draw([7])[0])
   assert not np.array_equal(draw([3])[0], draw([7])[0])

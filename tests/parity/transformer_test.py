@@ -17,7 +17,11 @@ from tests import tiny_cogvideox
 from tests.parity import compare
 from vidgen import tensorfile, weights
 from vidgen.models import base, cogvideox
-from vidgen.models.cogvideox import transformer, transformer_weights
+from vidgen.models.cogvideox import (
+  positions,
+  transformer,
+  transformer_weights,
+)
 
 TOLERANCE = 1e-5
 
@@ -226,3 +230,27 @@ def test_other_length_than_the_learned_table_falls_back_to_sincos(tmp_path):
     a = apply({"params": params}, *inputs)
     b = apply({"params": changed}, *inputs)
     assert np.array_equal(a, b) == same
+
+
+def test_published_epsilon():
+  """The published configs say 1e-5 where upstream's training code has 1e-6."""
+  assert (
+    diffusers.CogVideoXTransformer3DModel(
+      num_layers=1, num_attention_heads=1, attention_head_dim=16
+    ).config.norm_eps
+    == transformer.TransformerConfig().norm_eps
+  )
+
+
+@pytest.mark.parametrize("grid", [(32, 32), (45, 30), (30, 46), (20, 64)])
+def test_crop_rounds_half_to_even(grid):
+  """The rotary grid of 1.0 at sizes whose margins end on a half."""
+  _, height, width = positions.rotary_positions((1, *grid), (30, 45), crop=True)
+  (top, left), (bottom, right) = get_resize_crop_region_for_grid(grid, 45, 30)
+  n, m = grid
+  np.testing.assert_allclose(
+    height, np.linspace(top, bottom * (n - 1) / n, n), rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    width, np.linspace(left, right * (m - 1) / m, m), rtol=1e-6
+  )

@@ -44,5 +44,5 @@ class ScalarEmbedding(nn.Module):
       self.features, ("embed", "conditioning"), name="in", **dtypes
     )(x)
     return layers.dense(
-      self.features, ("conditioning", "conditioning"), name="out", **dtypes
+      self.features, (None, "conditioning"), name="out", **dtypes
     )(nn.silu(x))

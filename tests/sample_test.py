@@ -1,0 +1,461 @@
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import os
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+import vidgen
+from vidgen import clips, errors, progress, prompts, sample, video
+
+
+class FakePipeline:
+  """Stands in for a loaded model: its pixels say which clip was asked for."""
+
+  fps = 8
+
+  def __init__(self):
+    self.calls = []
+    self.fail_at = None
+    self.model = self
+
+  def plan(self, request):
+    if request.num_frames == 999:
+      raise errors.InputError("num_frames: 999 are too many; at most 49.")
+
+  def sample(self, prompt, *, progress, output, **arguments):
+    self.calls.append({"prompt": prompt, "output": output, **arguments})
+    if self.fail_at == len(self.calls):
+      raise errors.InputError("prompt: holds the number 13.")
+    with progress.stage("denoise"):
+      for done in range(1, 4):
+        progress.step(done, 3)
+    seed, clip = arguments["seed"], arguments["clips"][0]
+    latents = np.full((1, 2, 4, 4, 16), 10.0 * seed + clip, np.float32)
+    return latents if output == "latents" else self.decode(latents)
+
+  def decode(self, latents, output="uint8", *, tiling=False, slicing=False):
+    assert output == "uint8"
+    value = latents[:, 0, 0, 0, 0].astype(np.uint8)
+    frames = np.zeros((len(latents), 5, 32, 32, 3), np.uint8)
+    return frames + value[:, None, None, None, None]
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+  fake = FakePipeline()
+
+  def load(checkpoint, **arguments):
+    fake.loaded = {"checkpoint": checkpoint, **arguments}
+    return fake
+
+  monkeypatch.setattr(vidgen, "load", load, raising=False)
+  return fake
+
+
+def records(out):
+  text = (out / "clips.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def config(tmp_path, **fields):
+  return sample.SampleConfig(out=os.fspath(tmp_path / "out"), **fields)
+
+
+def test_one_prompt(tmp_path, pipeline):
+  summary = sample.run(
+    config(
+      tmp_path,
+      prompt="A panda.",
+      checkpoint="some/model",
+      num_steps=3,
+      guidance_scale=6.0,
+      options={"dynamic_guidance": True},
+      mesh={"cfg": 2},
+    )
+  )
+  assert pipeline.loaded == {
+    "checkpoint": "some/model",
+    "dtype": "bfloat16",
+    "mesh": {"cfg": 2},
+    "revision": None,
+    "residency": "all",
+    "lora": None,
+    "lora_scale": 1.0,
+  }
+  assert pipeline.calls == [
+    {
+      "prompt": "A panda.",
+      "negative_prompt": "",
+      "output": "uint8",
+      "clips": [0],
+      "seed": 0,
+      "image": None,
+      "video": None,
+      "num_frames": None,
+      "height": None,
+      "width": None,
+      "num_steps": 3,
+      "guidance_scale": 6.0,
+      "sampler": None,
+      "tiling": False,
+      "slicing": False,
+      "dynamic_guidance": True,
+    }
+  ]
+  (file,) = summary.files
+  assert video.read_video(file).shape == (5, 32, 32, 3)
+  assert list(summary.seconds) == ["load", "denoise", "write"]
+  (record,) = records(tmp_path / "out")
+  assert record == {
+    "index": 0,
+    "prompt": "A panda.",
+    "negative_prompt": "",
+    "seed": 0,
+    "clip": 0,
+    "files": [os.path.basename(file)],
+    "size": [32, 32],
+    "frames": 5,
+    "fps": 8,
+  }
+  # Never the prompt: it may hold anything.
+  assert len(os.path.basename(file)) == 6 + 1 + 12 + len(".mp4")
+  assert os.path.basename(file).startswith("000000_")
+
+
+def test_a_file_of_prompts(tmp_path, pipeline):
+  PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+  video.write_mp4(tmp_path / "a.mp4", np.zeros((2, 16, 16, 3), np.uint8), 8)
+  lines = [
+    {"prompt": "zero"},
+    {"prompt": "one", "seed": 5, "num_steps": 2, "height": 64},
+    {"prompt": "two", "image": "a.png", "negative_prompt": "blurry"},
+    {"prompt": "three", "video": "a.mp4", "strength": 0.5},
+  ]
+  path = tmp_path / "a.jsonl"
+  path.write_text("\n".join(map(json.dumps, lines)))
+  sample.run(
+    config(tmp_path, prompts=os.fspath(path), videos_per_prompt=2, num_steps=9)
+  )
+  seeds = [(c["seed"], *c["clips"]) for c in pipeline.calls]
+  assert seeds == [
+    *[(0, 0), (0, 1)],
+    # A seed of the line's own: its clips count from 0.
+    *[(5, 0), (5, 1)],
+    *[(0, 4), (0, 5)],
+    *[(0, 6), (0, 7)],
+  ]
+  steps = [c["num_steps"] for c in pipeline.calls]
+  assert steps == [9, 9, 2, 2, 9, 9, 9, 9]
+  assert pipeline.calls[2]["height"] == 64
+  assert pipeline.calls[4]["image"] == os.fspath(tmp_path / "a.png")
+  assert pipeline.calls[4]["negative_prompt"] == "blurry"
+  assert "strength" not in pipeline.calls[4]
+  assert pipeline.calls[6]["strength"] == 0.5
+  got = records(tmp_path / "out")
+  assert [r["index"] for r in got] == list(range(8))
+  names = {name for r in got for name in r["files"]}
+  assert names == {*os.listdir(tmp_path / "out")} - {"clips.jsonl"}
+  assert len({name.split("_")[1] for name in names}) == 8
+
+
+def test_a_line_with_a_seed_is_the_same_clip_alone(tmp_path, pipeline):
+  path = tmp_path / "a.csv"
+  path.write_text("prompt,seed\nA cat.,\nA panda.,7\n")
+  batch = sample.run(config(tmp_path, prompts=os.fspath(path)))
+  alone = sample.run(config(tmp_path, prompt="A panda.", seed=7))
+  assert pipeline.calls[1] == pipeline.calls[2]
+  digest = lambda file: os.path.basename(file).split("_")[1]
+  assert digest(batch.files[1]) == digest(alone.files[0])
+
+
+def test_videos_per_prompt_of_a_line_never_repeats_a_clip(tmp_path, pipeline):
+  path = tmp_path / "a.csv"
+  path.write_text("prompt,videos_per_prompt\na,3\nb,\nc,2\n")
+  sample.run(config(tmp_path, prompts=os.fspath(path)))
+  assert [c["clips"] for c in pipeline.calls] == [[i] for i in range(6)]
+
+
+def test_every_format_at_once(tmp_path, pipeline):
+  summary = sample.run(
+    config(
+      tmp_path,
+      prompt="A panda.",
+      formats=("npz,mp4", "gif", "png", "gif"),
+      fps=12.0,
+      seed=3,
+    )
+  )
+  assert [os.path.splitext(f)[1] for f in summary.files] == [
+    ".npz",
+    ".mp4",
+    ".gif",
+    "",
+  ]
+  assert pipeline.calls[0]["output"] == "latents"
+  with np.load(summary.files[0]) as file:
+    np.testing.assert_array_equal(
+      file["latents"], np.full((2, 4, 4, 16), 30, np.float32)
+    )
+  png = video.read_image(os.path.join(summary.files[3], "000004.png"))
+  assert (np.asarray(png) == 30).all()
+  (record,) = records(tmp_path / "out")
+  assert record["fps"] == 12
+  assert len(record["files"]) == 4
+  assert "decode" in summary.seconds
+
+
+def test_latents_alone_are_not_decoded(tmp_path, pipeline):
+  pipeline.decode = None
+  job = config(tmp_path, prompt="A panda.", formats=("npz",))
+  assert len(sample.run(job).files) == 1
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"prompt": "A cat."},
+    {"negative_prompt": "blurry"},
+    {"seed": 1},
+    {"num_steps": 3},
+    {"checkpoint": "other"},
+    {"options": {"dynamic_guidance": True}},
+  ],
+)
+def test_names_tell_configs_apart(tmp_path, pipeline, change):
+  one = config(tmp_path, prompt="A panda.")
+  names = set()
+  for job in (one, dataclasses.replace(one, **change)):
+    names.add(os.path.basename(sample.run(job).files[0]))
+  assert len(names) == 2
+
+
+def test_names_do_not_depend_on_a_strength_without_a_video():
+  values = dict.fromkeys(field.name for field in dataclasses.fields(clips.Clip))
+  values |= {"where": "", "index": 0, "clip": 0, "prompt": "a", "seed": 0}
+  values["negative_prompt"] = ""
+  settings = {"lora": None}
+  names = {
+    clips.digest(clips.Clip(**{**values, "strength": strength}), settings)
+    for strength in (0.8, 0.5)
+  }
+  assert len(names) == 1
+
+
+def test_names_do_not_depend_on_where_files_lie(tmp_path, pipeline):
+  names = set()
+  for folder in ("a", "b"):
+    (tmp_path / folder).mkdir()
+    image = tmp_path / folder / "a.png"
+    PIL.Image.new("RGB", (8, 8)).save(image)
+    job = config(tmp_path / folder, prompt="A panda.", image=os.fspath(image))
+    names.add(os.path.basename(sample.run(job).files[0]))
+  assert len(names) == 1
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({}, "--prompt=TEXT or --prompts=FILE"),
+    ({"prompt": "a", "prompts": "a.txt"}, "--prompt=TEXT or"),
+    ({"prompts": "no.txt"}, "no.txt"),
+    ({"prompt": "a", "height": 100}, "height must be .* multiple of 16"),
+    ({"prompt": "a", "num_frames": 0}, "num_frames must be at least 1"),
+    ({"prompt": "a", "dtype": "bfloat"}, "Did you mean bfloat16"),
+    ({"prompt": "a", "residency": "al"}, "Did you mean all"),
+    ({"prompt": "a", "formats": ("mp5",)}, "Did you mean mp4"),
+    ({"prompt": "a", "formats": ()}, "formats is empty"),
+    ({"prompt": "a", "fps": 0.0}, "fps must be above 0"),
+    ({"prompt": "a", "fps": float("nan")}, "fps must be above 0"),
+    ({"prompt": "a", "seed": 2**32}, "seed must be from 0"),
+    ({"prompt": "a", "sampler": "euler"}, "sampler must be one of"),
+    ({"prompt": "a", "image": "no.png"}, "no.png: there is no such image"),
+    ({"prompt": "a", "video": "no.mp4"}, "no.mp4: there is no such video"),
+    ({"prompt": "a", "strength": 0.5}, "strength needs a video"),
+    ({"prompt": "a", "lora": "no.st"}, "no.st: there is no such LoRA"),
+    ({"prompt": "a", "lora_scale": float("inf")}, "must be finite"),
+    ({"prompt": "a", "options": {"seed": 1}}, "'seed' is no option"),
+  ],
+)
+def test_mistakes_are_told_before_the_weights_are_read(
+  tmp_path, pipeline, fields, message
+):
+  with pytest.raises(errors.InputError, match=message) as caught:
+    sample.run(config(tmp_path, **fields))
+  assert "\n" not in str(caught.value)
+  assert not hasattr(pipeline, "loaded")
+  assert not (tmp_path / "out").exists()
+
+
+def test_image_and_video_exclude_each_other(tmp_path, pipeline):
+  PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+  video.write_mp4(tmp_path / "a.mp4", np.zeros((2, 16, 16, 3), np.uint8), 8)
+  path = tmp_path / "a.jsonl"
+  path.write_text('{"prompt": "a", "image": "a.png", "video": "a.mp4"}')
+  with pytest.raises(errors.InputError, match=r"a.jsonl:1: .*exclude"):
+    sample.run(config(tmp_path, prompts=os.fspath(path)))
+  path.write_text('{"prompt": "a", "strength": 0.5}')
+  with pytest.raises(errors.InputError, match=r"a.jsonl:1: strength"):
+    sample.run(config(tmp_path, prompts=os.fspath(path)))
+  path.write_text('{"prompt": "a"}\n{"prompt": "a", "image": "b.png"}')
+  with pytest.raises(errors.InputError, match=r"a.jsonl:2: .*b.png"):
+    sample.run(config(tmp_path, prompts=os.fspath(path)))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, pipeline):
+  (tmp_path / "out").write_text("a file")
+  with pytest.raises(errors.StorageError, match="cannot write"):
+    sample.run(config(tmp_path, prompt="a"))
+  assert not hasattr(pipeline, "loaded")
+
+
+def test_what_was_written_before_an_error_stays(tmp_path, pipeline):
+  path = tmp_path / "a.txt"
+  path.write_text("a\nb\nc\n")
+  pipeline.fail_at = 2
+  with pytest.raises(errors.InputError, match=r"a.txt:2: prompt: holds"):
+    sample.run(config(tmp_path, prompts=os.fspath(path)))
+  (record,) = records(tmp_path / "out")
+  assert (tmp_path / "out" / record["files"][0]).exists()
+  assert len(os.listdir(tmp_path / "out")) == 2
+
+
+def test_what_the_model_refuses_is_told_before_the_first_video(
+  tmp_path, pipeline
+):
+  path = tmp_path / "a.csv"
+  path.write_text("prompt,num_frames\na,\nb,999\n")
+  with pytest.raises(errors.InputError, match=r"a.csv:3: num_frames: 999"):
+    sample.run(config(tmp_path, prompts=os.fspath(path)))
+  assert not pipeline.calls
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, pipeline, monkeypatch):
+  job = config(tmp_path, prompt="a")
+  sample.run(job)
+  before = (tmp_path / "out/clips.jsonl").read_bytes()
+  monkeypatch.setattr(video, "write_mp4", lambda *arguments: None)
+
+  def fail(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(os, "fsync", fail)
+  with pytest.raises(errors.StorageError, match=r"clips.jsonl.*No space"):
+    sample.run(job)
+  assert (tmp_path / "out/clips.jsonl").read_bytes() == before
+
+
+def test_plain_progress_lines(tmp_path, pipeline):
+  stream = io.StringIO()
+  path = tmp_path / "a.txt"
+  path.write_text("a\nb\n")
+  told = progress.create(stream)
+  sample.run(config(tmp_path, prompts=os.fspath(path)), told)
+  lines = stream.getvalue().splitlines()
+  assert lines[0] == "load ..."
+  assert lines[1].startswith("load took ")
+  assert lines[2] == "clip 1/2 denoise ..."
+  assert lines[3] == "clip 1/2 step 1/3"
+  assert lines[4].startswith("clip 1/2 step 2/3, ")
+  assert " s/step, " in lines[4]
+  assert sum(line.startswith("clip 2/2") for line in lines) == 8
+  assert "\x1b" not in stream.getvalue()
+
+
+def test_a_line_every_tenth_of_the_steps():
+  stream = io.StringIO()
+  told = progress.Lines(stream)
+  with told, told.stage("denoise"):
+    for done in range(1, 51):
+      told.step(done, 50)
+  steps = [x for x in stream.getvalue().splitlines() if x.startswith("step")]
+  assert len(steps) == 11
+  assert steps[-1].startswith("step 50/50, ")
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+  monkeypatch.setenv("TERM", "xterm-256color")
+  monkeypatch.setenv("COLUMNS", "100")
+  stream = Terminal()
+  told = progress.create(stream)
+  with told:
+    told.clip(2, 5)
+    with told.stage("denoise"):
+      told.step(1, 4)
+      told.step(2, 4)
+      told._bar.refresh()
+    told.say("out/[a].mp4")
+  assert "clip 2/5 denoise" in stream.getvalue()
+  assert "2/4, 0.00 s/step, 0 s left" in stream.getvalue()
+  assert "out/[a].mp4" in stream.getvalue()
+
+
+def test_compiling_is_counted_apart():
+  told = progress.Progress()
+  with told, told.stage("denoise"):
+    jax.jit(lambda x: x * 3 + 0.123)(np.ones(7, np.float32))
+  seconds = told.compile_seconds
+  assert seconds > 0
+  with told:
+    jax.monitoring.record_event_duration_secs("/another/event", 9.0)
+  jax.jit(lambda x: x * 5 + 0.321)(np.ones(7, np.float32))
+  assert told.compile_seconds == seconds
+
+
+def test_a_stage_that_fails_is_not_counted():
+  told = progress.Lines(io.StringIO())
+  with told, contextlib.suppress(ValueError), told.stage("text"):
+    raise ValueError
+  assert told.seconds == {}
+
+
+def test_the_summary_is_a_table():
+  summary = progress.Summary(
+    out="samples",
+    files=[f"samples/{i}.mp4" for i in range(30)],
+    clips=2,
+    seconds={"load": 3.0, "denoise": 100.0, "decode": 10.5},
+    compile_seconds=20.25,
+    peak_bytes=3 * 2**29,
+    peak_of="this process",
+  )
+  assert str(summary).splitlines()[:9] == [
+    "load             3.0 s",
+    "denoise        100.0 s",
+    "decode          10.5 s",
+    "compile (XLA)   20.2 s",
+    "per clip        55.2 s",
+    "peak memory     1.50 GiB (this process)",
+    "2 clips in samples:",
+    "  samples/0.mp4",
+    "  samples/1.mp4",
+  ]
+  assert str(summary).endswith("... and 10 more")
+
+
+def test_peak_memory_is_what_this_process_took():
+  peak, what = progress.peak_memory()
+  assert what == "this process"
+  assert 2**26 < peak < 2**40
+
+
+def test_durations():
+  seconds = (0.4, 59.0, 60.0, 200.0, 3900.0)
+  got = [progress.duration(s) for s in seconds]
+  assert got == ["0 s", "59 s", "1 min 0 s", "3 min 20 s", "1 h 5 min"]
+
+
+def test_a_job_without_prompts_type_is_complete():
+  # A new field of a line must be applied to its clips too.
+  clip = {field.name for field in dataclasses.fields(clips.Clip)}
+  assert prompts.TYPES.keys() - clip == {"videos_per_prompt"}

@@ -1,0 +1,30 @@
+"""XLA's persistent compilation cache, for the command line only."""
+
+import os
+import pathlib
+import tempfile
+
+import jax
+
+
+def enable() -> None:
+  """Keeps compiled programs in $VIDGEN_CACHE, or ~/.cache/vidgen/xla.
+
+  A second run of a command then starts without compiling. Without a folder
+  that can be written, or if JAX_COMPILATION_CACHE_DIR names one already, there
+  is nothing to do.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  folder = os.environ.get("VIDGEN_CACHE", "")
+  try:
+    path = pathlib.Path(folder or "~/.cache/vidgen/xla").expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+      pass
+  except (OSError, RuntimeError):
+    # RuntimeError: there is no home. The job runs as well, only later.
+    return
+  jax.config.update("jax_compilation_cache_dir", os.fspath(path))
+  # The default, a second, leaves out small programs that add up.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,0 +1,182 @@
+"""Flags and configs of a command line; each mistake in them is one line."""
+
+import ast
+import dataclasses
+import os
+import re
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from vidgen import errors, prompts
+
+Define = Callable[[flags.FlagValues, list[str]], None]
+
+
+def parse(
+  define: Define, command: str, argv: Sequence[str]
+) -> flags.FlagValues:
+  """Returns the flags that `define` defines, as `argv` sets them.
+
+  Each command has flag values of its own, so that several may run in one
+  process.
+
+  Raises:
+    InputError: An unknown flag, a value of another type, a bad config file, or
+      an argument that is no flag.
+  """
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)
+  argv = [command, *argv]
+  try:
+    define(values, argv)
+    rest = values(argv)[1:]
+  except flags.UnrecognizedFlagError as error:
+    raise errors.InputError(_unknown(error.flagname, values)) from error
+  except flags.Error as error:
+    text = str(error).removeprefix("flag ")
+    raise errors.InputError(text) from error
+  if rest:
+    raise errors.InputError(
+      f"{rest[0]!r} is no flag, and {command} takes flags only; text with "
+      "spaces needs quotes."
+    )
+  return values
+
+
+def define_config(
+  values: flags.FlagValues, argv: list[str], config_type: type, default: str
+) -> None:
+  """Defines --config, a file whose get_config() returns a `config_type`.
+
+  `--config.FIELD=VALUE` overrides a field, `--config.FIELD.KEY=VALUE` an entry
+  of a dict, which need not be there yet.
+
+  Args:
+    values: Where the flags go.
+    argv: The command line; what is dealt with here is taken out of it.
+    config_type: A dataclass.
+    default: The config file when none is named.
+  """
+  # Taken out, so that overrides may stand before it.
+  named = _take(argv, r"config")
+  path = named[-1][1] if named else default
+  if not os.path.isfile(path.split(":")[0]):
+    raise errors.InputError(f"--config={path}: there is no such file.")
+  fields = {f.name: f.type for f in dataclasses.fields(config_type)}
+  dicts = {n for n, t in fields.items() if typing.get_origin(t) is dict}
+  entries = _take(argv, rf"config\.(?:{'|'.join(dicts)})\.[^=]+")
+  _check_overrides(argv, fields, dicts)
+  try:
+    with warnings.catch_warnings():
+      # config_flags loads files with a function that importlib deprecates,
+      # into a module whose old names would stay.
+      warnings.simplefilter("ignore", DeprecationWarning)
+      sys.modules.pop("config_config", None)
+      config_flags.DEFINE_config_file(
+        "config", path, "", flag_values=values, sys_argv=argv
+      )
+  except Exception as error:  # A config is a program: it may raise anything.
+    raise errors.InputError(_explain(path.split(":")[0], error)) from error
+  config = values["config"].value
+  if not isinstance(config, config_type):
+    raise errors.InputError(
+      f"{path}: get_config() must return a {config_type.__name__}, not a "
+      f"{type(config).__name__}."
+    )
+  for name, text in entries:
+    _, field, key = name.split(".", 2)
+    kind = typing.get_args(fields[field])[1]
+    getattr(config, field)[key] = _entry(name, kind, text)
+
+
+def _take(argv: list[str], pattern: str) -> list[tuple[str, str]]:
+  """Takes the flags whose names match out of `argv`, as (name, value)."""
+  flag = re.compile(rf"--?({pattern})(?:=(.*))?", re.DOTALL)
+  found, kept, rest = [], [], iter(argv)
+  for argument in rest:
+    if argument == "--":
+      kept += [argument, *rest]
+    elif not (match := flag.fullmatch(argument)):
+      kept.append(argument)
+    else:
+      name, value = match.groups()
+      value = next(rest, None) if value is None else value
+      if value is None:
+        raise errors.InputError(f"--{name}: has no value.")
+      found.append((name, value))
+  argv[:] = kept
+  return found
+
+
+def _check_overrides(
+  argv: list[str], fields: dict[str, Any], dicts: set[str]
+) -> None:
+  """Checks that the fields to override exist."""
+  for argument in argv:
+    match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    if not match:
+      continue
+    name, _, below = match[1].partition(".")
+    if name not in fields:
+      raise errors.InputError(
+        f"--config.{match[1]}: the config has no such field."
+        f"{prompts.closest(name, fields)}"
+      )
+    if below and not dataclasses.is_dataclass(fields[name]):
+      raise errors.InputError(
+        f"--config.{match[1]}: {name} is one value; set --config.{name}."
+      )
+    if name in dicts:
+      raise errors.InputError(
+        f"--config.{name}: set its entries, --config.{name}.NAME=VALUE."
+      )
+
+
+def _entry(name: str, kind: Any, text: str) -> Any:
+  """Returns the value of a dict's entry: of `kind`, or as Python reads it."""
+  try:
+    return kind(text) if kind in (int, float, str) else ast.literal_eval(text)
+  except (ValueError, SyntaxError) as error:
+    if kind not in (int, float):
+      return text
+    raise errors.InputError(
+      f"--{name}={text}: must be of type {kind.__name__}."
+    ) from error
+
+
+def _explain(path: str, error: Exception) -> str:
+  """Returns one line on why a config could not be loaded."""
+  if isinstance(error, SyntaxError):
+    return f"{error.filename}:{error.lineno}: {error.msg}."
+  text = str(error)
+  # config_flags passes errors on as the text of their traceback.
+  at = re.findall(rf'File "{re.escape(path)}", line (\d+)', text)
+  trace = error.__traceback__
+  while trace is not None:
+    if trace.tb_frame.f_code.co_filename == path:
+      at.append(trace.tb_lineno)
+    trace = trace.tb_next
+  last = text.strip().splitlines()[-1] if text.strip() else ""
+  if not at and isinstance(error, flags.Error):
+    return last.removeprefix("flag ")
+  if not isinstance(error, flags.Error):
+    last = f"{type(error).__name__}: {last}"
+  return f"{path}{f':{at[-1]}' if at else ''}: {last}"
+
+
+def _unknown(name: str, values: flags.FlagValues) -> str:
+  """Returns the line for a flag that there isn't."""
+  names = [f"--{known}" for known in values if "." not in known]
+  if "config" in values:
+    fields = dataclasses.fields(values["config"].value)
+    names += [f"--config.{field.name}" for field in fields]
+    if f"--config.{name}" in names:
+      return f"--{name}: there is no such flag. Use --config.{name}=VALUE."
+  hint = prompts.closest(f"--{name}", names) or " See --help."
+  return f"--{name}: there is no such flag.{hint}"

@@ -1,0 +1,66 @@
+"""Makes videos from prompts.
+
+usage: vidgen sample --prompt=TEXT | --prompts=FILE [flags]
+
+what to make
+  --prompt=TEXT       one prompt
+  --prompts=FILE      many: a .txt with a prompt a line, or a .csv or .jsonl
+                      whose columns or keys may override fields, line by line
+  --image=FILE        the first frame, for checkpoints that start from one
+  --video=FILE        a video to change, by --config.strength=0.8
+  --seed=N            0 by default; the same seed gives the same video
+
+with what, and where to
+  --checkpoint=NAME   a folder in the published layout, or a hub id;
+                      THUDM/CogVideoX-2b by default
+  --out=DIR           samples by default; DIR/clips.jsonl lists the videos
+  --config=FILE       a Python file whose get_config() returns all of this;
+                      see configs/
+
+any field of the config, --config.FIELD=VALUE
+  size     num_frames height width fps videos_per_prompt
+  sampler  num_steps guidance_scale sampler negative_prompt strength
+  model    revision dtype lora lora_scale options.NAME
+  memory   mesh.AXIS residency tiling slicing
+  files    formats (some of mp4,gif,png,npz)
+  as above prompt prompts image video seed checkpoint out
+
+example
+  vidgen sample --prompt="A panda plays the guitar." --config.num_steps=30
+"""
+
+import os
+import sys
+
+from absl import flags
+
+from vidgen import progress, sample
+from vidgen.cli import cache, default_sample_config, parse
+
+# Flags that set a field of the config, for they are used so often.
+_TEXT = ("prompt", "prompts", "checkpoint", "out", "image", "video")
+
+
+def define(values: flags.FlagValues, argv: list[str]) -> None:
+  """Defines the flags of this command."""
+  default = os.path.abspath(default_sample_config.__file__)
+  parse.define_config(values, argv, sample.SampleConfig, default)
+  for name in _TEXT:
+    flags.DEFINE_string(name, None, "", flag_values=values)
+  flags.DEFINE_integer("seed", None, "", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+  """Runs the sampling job and prints what it took."""
+  config = values["config"].value
+  given = {name: values[name].value for name in (*_TEXT, "seed")}
+  given = {name: value for name, value in given.items() if value is not None}
+  # What the command line names takes the place of what the config names.
+  for one, other in (("prompt", "prompts"), ("image", "video")):
+    if one in given or other in given:
+      setattr(config, one, None)
+      setattr(config, other, None)
+  for name, value in given.items():
+    setattr(config, name, value)
+  cache.enable()
+  print(sample.run(config, progress.create(sys.stderr)))

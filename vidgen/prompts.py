@@ -1,0 +1,275 @@
+"""Files of prompts: .txt, .csv and .jsonl, with overrides per line."""
+
+import csv
+import dataclasses
+import difflib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from vidgen import errors
+
+# What a line may set, and the type of each. `sample.SampleConfig` has fields
+# of the same names.
+TYPES: Mapping[str, type] = {
+  "prompt": str,
+  "negative_prompt": str,
+  "seed": int,
+  "num_frames": int,
+  "height": int,
+  "width": int,
+  "num_steps": int,
+  "guidance_scale": float,
+  "sampler": str,
+  "image": str,
+  "video": str,
+  "strength": float,
+  "videos_per_prompt": int,
+}
+
+SAMPLERS = ("ddim", "dpmpp_2m_sde")
+
+# Patches of 2x2 latents, each of 8x8 pixels.
+MULTIPLE = 16
+
+# A Threefry key drops what is above 32 bits: larger seeds would repeat.
+MAX_SEED = 2**32 - 1
+
+
+@dataclasses.dataclass
+class Line:
+  """One prompt of a file; None is what the line leaves to the job.
+
+  Attributes:
+    where: The file and the line, for messages.
+  """
+
+  where: str
+  prompt: str
+  negative_prompt: str | None = None
+  seed: int | None = None
+  num_frames: int | None = None
+  height: int | None = None
+  width: int | None = None
+  num_steps: int | None = None
+  guidance_scale: float | None = None
+  sampler: str | None = None
+  image: str | None = None
+  video: str | None = None
+  strength: float | None = None
+  videos_per_prompt: int | None = None
+
+
+def read(path: str | os.PathLike) -> list[Line]:
+  """Reads a file of prompts; its suffix tells the format.
+
+  A .txt has a prompt a line; a .csv a header with the column `prompt`, and any
+  other names of `TYPES`; a .jsonl an object a line. Blank lines are skipped.
+  Paths of images and videos are relative to the file's folder.
+
+  Raises:
+    InputError: What is wrong, with file:line.
+  """
+  path = pathlib.Path(path)
+  formats = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
+  if path.suffix.lower() not in formats:
+    raise errors.InputError(
+      f"{path}: a file of prompts is a .txt, .csv or .jsonl."
+    )
+  try:
+    data = path.read_bytes()
+  except OSError as error:
+    raise errors.InputError(
+      f"{path}: cannot read the prompts: {error.strerror}."
+    ) from error
+  rows = formats[path.suffix.lower()](path, _decode(path, data))
+  lines = [_line(path, number, values) for number, values in rows]
+  if not lines:
+    raise errors.InputError(f"{path}: holds no prompt.")
+  return lines
+
+
+def check(name: str, value: Any, where: str) -> Any:
+  """Returns `value` as the type of the field `name`, if it is legal.
+
+  Raises:
+    InputError: Another type, or out of range.
+  """
+  kind = TYPES[name]
+  if kind is float and type(value) is int:
+    value = float(value)
+  if type(value) is not kind:
+    names = {str: "text", int: "a whole number", float: "a number"}
+    raise errors.InputError(
+      f"{where}: {name} must be {names[kind]}, not {value!r}."
+    )
+  if problem := _problem(name, value):
+    raise errors.InputError(f"{where}: {name} {problem}, not {value!r}.")
+  return value
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+  """Returns a question that names what was probably meant, or nothing."""
+  matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+  return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def _problem(name: str, value: Any) -> str | None:
+  """Returns why a value of the right type is not legal, if it isn't."""
+  if name in ("height", "width"):
+    if value < MULTIPLE or value % MULTIPLE:
+      return f"must be a positive multiple of {MULTIPLE}"
+  elif name in ("num_frames", "num_steps", "videos_per_prompt"):
+    if value < 1:
+      return "must be at least 1"
+  elif name == "seed":
+    if not 0 <= value <= MAX_SEED:
+      return f"must be from 0 to {MAX_SEED}"
+  elif name == "strength":
+    if not 0 < value <= 1:
+      return "must be above 0 and at most 1"
+  elif name == "guidance_scale":
+    if not math.isfinite(value):
+      return "must be finite"
+  elif name == "sampler" and value not in SAMPLERS:
+    return f"must be one of {', '.join(SAMPLERS)}"
+  elif TYPES[name] is str and not _is_unicode(value):
+    # JSON can spell half a character, which no file can hold.
+    return "must be valid Unicode"
+  return None
+
+
+def _is_unicode(text: str) -> bool:
+  return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _decode(path: pathlib.Path, data: bytes) -> list[str]:
+  """Returns the lines; only a line feed, or CR LF, ends one."""
+  if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+    raise errors.InputError(f"{path}:1: is UTF-16; save it as UTF-8.")
+  start = 3 if data.startswith(b"\xef\xbb\xbf") else 0
+  lines = []
+  for number, line in enumerate(data[start:].split(b"\n"), 1):
+    try:
+      lines.append(line.removesuffix(b"\r").decode("utf-8"))
+    except UnicodeDecodeError as error:
+      raise errors.InputError(
+        f"{path}:{number}: is not UTF-8: byte 0x{line[error.start]:02x} at "
+        f"offset {start + error.start} of the file; save it as UTF-8."
+      ) from error
+    start += len(line) + 1
+  return lines
+
+
+Rows = Iterator[tuple[int, dict[str, Any]]]
+
+
+def _read_txt(path: pathlib.Path, lines: list[str]) -> Rows:
+  del path
+  for number, line in enumerate(lines, 1):
+    if line.strip():
+      yield number, {"prompt": line.strip()}
+
+
+def _read_csv(path: pathlib.Path, lines: list[str]) -> Rows:
+  # Quoted fields may hold line breaks, so a row can span several lines.
+  reader = csv.reader((line + "\n" for line in lines), strict=True)
+  header, number = None, 1
+  try:
+    for row in reader:
+      where = f"{path}:{number}"
+      if any(cell.strip() for cell in row):
+        if header is None:
+          header = _header(where, row)
+        elif len(row) != len(header):
+          raise errors.InputError(
+            f"{where}: has {len(row)} columns, the header has "
+            f"{len(header)}; put text with commas in double quotes."
+          )
+        else:
+          cells = zip(header, (cell.strip() for cell in row), strict=True)
+          yield number, {k: _number(k, v) for k, v in cells if v}
+      number = reader.line_num + 1
+  except csv.Error as error:
+    raise errors.InputError(f"{path}:{number}: {error}.") from error
+
+
+def _header(where: str, row: list[str]) -> list[str]:
+  """Returns the names of the columns of a .csv."""
+  names = [cell.strip() for cell in row]
+  if "prompt" not in names:
+    raise errors.InputError(
+      f"{where}: the header names no column `prompt`.{_like_prompt(names)}"
+    )
+  if len(set(names)) < len(names):
+    raise errors.InputError(f"{where}: the header names a column twice.")
+  for name in names:
+    _known(where, name)
+  return names
+
+
+def _like_prompt(names: list[str]) -> str:
+  matches = difflib.get_close_matches("prompt", names, n=1, cutoff=0.6)
+  return f" Should {matches[0]!r} be it?" if matches else ""
+
+
+def _number(name: str, text: str) -> Any:
+  """Returns a cell as its field's type; as it is if it can't be (see check)."""
+  kind = TYPES[name]
+  try:
+    return kind(text)
+  except ValueError:
+    return text
+
+
+def _read_jsonl(path: pathlib.Path, lines: list[str]) -> Rows:
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    where = f"{path}:{number}"
+    try:
+      values = json.loads(line, object_pairs_hook=_pairs)
+    except json.JSONDecodeError as error:
+      raise errors.InputError(
+        f"{where}: is not JSON: {error.msg} at column {error.colno}."
+      ) from error
+    except (ValueError, RecursionError) as error:
+      raise errors.InputError(f"{where}: is not JSON: {error}.") from error
+    if not isinstance(values, dict):
+      raise errors.InputError(
+        f'{where}: must be an object such as {{"prompt": "A panda."}}.'
+      )
+    for name in values:
+      _known(where, name)
+    yield number, {k: v for k, v in values.items() if v is not None}
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Refuses an object with a key twice: one of its values would get lost."""
+  values = dict(pairs)
+  if len(values) < len(pairs):
+    raise ValueError("a key stands there twice")
+  return values
+
+
+def _known(where: str, name: str) -> None:
+  if name not in TYPES:
+    raise errors.InputError(
+      f"{where}: unknown field {name!r}.{closest(name, TYPES)} "
+      f"The fields are {', '.join(TYPES)}."
+    )
+
+
+def _line(path: pathlib.Path, number: int, values: dict[str, Any]) -> Line:
+  """Checks the values of a line."""
+  where = f"{path}:{number}"
+  values = {name: check(name, v, where) for name, v in values.items()}
+  if not values.get("prompt", "").strip():
+    raise errors.InputError(f"{where}: has no prompt.")
+  for name in ("image", "video"):
+    if name in values:
+      values[name] = os.fspath(path.parent / values[name])
+  return Line(where=where, **values)

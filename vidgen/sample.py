@@ -1,0 +1,367 @@
+"""The batch sampling job: prompts in, files of videos out."""
+
+import dataclasses
+import math
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+import vidgen
+from vidgen import clips, errors, prompts, video
+from vidgen import progress as progress_lib
+from vidgen.models import base
+
+DTYPES = ("bfloat16", "float16", "float32")
+RESIDENCIES = ("all", "stage")
+
+# What the pixels of every clip depend on, besides what a `Clip` says.
+_SETTINGS = (
+  "checkpoint",
+  "revision",
+  "dtype",
+  "lora",
+  "lora_scale",
+  "tiling",
+  "slicing",
+  "options",
+)
+
+
+@dataclasses.dataclass
+class SampleConfig:
+  """What a sampling job does. None leaves a field to the checkpoint.
+
+  Attributes:
+    checkpoint: A folder in the published layout, a hub id or a run's folder.
+    revision: The hub revision.
+    dtype: What the networks compute in.
+    mesh: Mesh axis to size; empty is one device.
+    residency: "stage" keeps a network's weights on the device only while they
+      are needed, "all" keeps all.
+    prompt: One prompt, or
+    prompts: a file of them: see `vidgen.prompts`.
+    image: The first frame, for checkpoints that start from an image.
+    video: A video to change, by `strength` in (0, 1].
+    videos_per_prompt: Clips for each prompt, each from noise of its own.
+    tiling: Decode in tiles: less memory, slightly other pixels.
+    slicing: Decode one video at a time.
+    lora: A LoRA file in the published layout, merged with `lora_scale`.
+    formats: Some of mp4, gif, png (a folder of frames) and npz (latents).
+    fps: The frame rate of the files.
+    out: The folder for the files; `clips.jsonl` in it lists them.
+    options: What a family alone has, `{"dynamic_guidance": True}` for one.
+  """
+
+  checkpoint: str = "THUDM/CogVideoX-2b"
+  revision: str | None = None
+  dtype: str = "bfloat16"
+  mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+  residency: str = "all"
+  prompt: str | None = None
+  prompts: str | None = None
+  negative_prompt: str = ""
+  image: str | None = None
+  video: str | None = None
+  strength: float = 0.8
+  num_frames: int | None = None
+  height: int | None = None
+  width: int | None = None
+  num_steps: int | None = None
+  guidance_scale: float | None = None
+  sampler: str | None = None
+  seed: int = 0
+  videos_per_prompt: int = 1
+  tiling: bool = False
+  slicing: bool = False
+  lora: str | None = None
+  lora_scale: float = 1.0
+  formats: tuple[str, ...] = ("mp4",)
+  fps: float | None = None
+  out: str = "samples"
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def run(
+  config: SampleConfig, progress: progress_lib.Progress | None = None
+) -> progress_lib.Summary:
+  """Makes every video of the job, one after another.
+
+  What is cheap to check is checked before the weights are read. An error ends
+  the job; the videos made before it stay.
+
+  Raises:
+    InputError: A bad config, prompt, image or video.
+    CorruptError: A bad checkpoint.
+    StorageError: A folder that cannot be written, or a full disk.
+  """
+  planned = plan(config)
+  out = _make_folder(config.out)
+  progress = progress_lib.Progress() if progress is None else progress
+  files = []
+  with progress:
+    with progress.stage("load"):
+      pipeline = load(config)
+    # Line 900 of a file should not fail after a night of sampling.
+    for clip in planned:
+      with_line(clip.where, _check_clip, pipeline, clip, config)
+    for done, clip in enumerate(planned, 1):
+      progress.clip(done, len(planned))
+      files += _make(pipeline, clip, config, out, progress)
+  peak_bytes, peak_of = progress_lib.peak_memory()
+  return progress_lib.Summary(
+    out=config.out,
+    files=files,
+    clips=len(planned),
+    seconds=progress.seconds,
+    compile_seconds=progress.compile_seconds,
+    peak_bytes=peak_bytes,
+    peak_of=peak_of,
+  )
+
+
+def load(config: SampleConfig) -> Any:
+  """Returns the pipeline that a config names."""
+  return vidgen.load(
+    config.checkpoint,
+    dtype=config.dtype,
+    mesh=config.mesh or None,
+    revision=config.revision,
+    residency=config.residency,
+    lora=config.lora,
+    lora_scale=config.lora_scale,
+  )
+
+
+def plan(config: SampleConfig) -> list[clips.Clip]:
+  """Returns the videos of a job, everything checked that needs no weights.
+
+  Clip `c` of seed `s` is the same video in every job: a line that sets a seed
+  counts its clips from 0; the others count on through the job.
+
+  Raises:
+    InputError: A bad config, prompt, image or video.
+  """
+  _check_config(config)
+  if (config.prompt is None) == (config.prompts is None):
+    raise errors.InputError(
+      "prompt: give either --prompt=TEXT or --prompts=FILE."
+    )
+  if config.prompts is None:
+    lines = [prompts.Line(where="", prompt=config.prompt)]
+  else:
+    lines = prompts.read(config.prompts)
+  planned, seen = [], set()
+  for line in lines:
+    for name, check in (("image", video.read_image), ("video", _probe)):
+      path = _pick(line, config, name)
+      if path is not None and path not in seen:
+        with_line(line.where, check, path)
+        seen.add(path)
+    planned += _clips(line, config, len(planned))
+  changed = config.strength != SampleConfig.strength
+  if changed and not any(clip.video for clip in planned):
+    raise errors.InputError("config: strength needs a video; set --video=FILE.")
+  return planned
+
+
+def with_line(where: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+  """Calls a function; a user's mistake in it is told with its line."""
+  try:
+    return function(*args, **kwargs)
+  except errors.InputError as error:
+    if not where or str(error).startswith(where):
+      raise
+    raise errors.InputError(f"{where}: {error}") from error
+
+
+def _check_config(config: SampleConfig) -> None:
+  """Checks each field by itself."""
+  for name in prompts.TYPES:
+    value = getattr(config, name)
+    if value is not None:
+      prompts.check(name, value, "config")
+  choices = {"dtype": DTYPES, "residency": RESIDENCIES}
+  for name, allowed in choices.items():
+    value = getattr(config, name)
+    if value not in allowed:
+      raise errors.InputError(
+        f"config: {name} must be one of {', '.join(allowed)}, not {value!r}."
+        f"{prompts.closest(value, allowed)}"
+      )
+  for name in config_formats(config):
+    if name not in clips.FORMATS:
+      raise errors.InputError(
+        f"config: formats may hold {', '.join(clips.FORMATS)}, not {name!r}."
+        f"{prompts.closest(name, clips.FORMATS)}"
+      )
+  if config.fps is not None and not 0 < config.fps <= 1000:
+    raise errors.InputError(
+      f"config: fps must be above 0 and at most 1000, not {config.fps}."
+    )
+  fields = {field.name for field in dataclasses.fields(config)}
+  fields |= {"output", "clips", "progress", "latents"}
+  if taken := sorted(fields & config.options.keys()):
+    raise errors.InputError(
+      f"config: {taken[0]!r} is no option of a family; set --config."
+      f"{taken[0]} itself."
+    )
+  if not math.isfinite(config.lora_scale):
+    raise errors.InputError("config: lora_scale must be finite.")
+  if config.lora is not None and not os.path.isfile(config.lora):
+    raise errors.InputError(f"{config.lora}: there is no such LoRA file.")
+
+
+def config_formats(config: SampleConfig) -> tuple[str, ...]:
+  """Returns the formats; `mp4,gif` on a command line is one string."""
+  names = [name.strip() for item in config.formats for name in item.split(",")]
+  if not any(names):
+    raise errors.InputError("config: formats is empty; mp4 is the usual one.")
+  return tuple(dict.fromkeys(names))
+
+
+def _pick(line: prompts.Line, config: SampleConfig, name: str) -> Any:
+  """Returns a field of a line, or the job's if the line leaves it out."""
+  value = getattr(line, name)
+  return getattr(config, name) if value is None else value
+
+
+def _clips(
+  line: prompts.Line, config: SampleConfig, index: int
+) -> list[clips.Clip]:
+  """Returns the clips of a line; `index` is the number of the first."""
+  names = {field.name for field in dataclasses.fields(clips.Clip)}
+  names -= {"where", "index", "clip", "prompt"}
+  values = {name: _pick(line, config, name) for name in names}
+  for name in names & prompts.TYPES.keys():
+    if values[name] is not None:
+      # A whole number stands for a number: guidance_scale=6.
+      values[name] = prompts.check(name, values[name], "config")
+  if values["image"] is not None and values["video"] is not None:
+    raise errors.InputError(
+      f"{line.where or 'config'}: image and video exclude each other."
+    )
+  if line.strength is not None and values["video"] is None:
+    raise errors.InputError(
+      f"{line.where}: strength needs a video that it can change."
+    )
+  first = index if line.seed is None else 0
+  return [
+    clips.Clip(
+      where=line.where,
+      index=index + j,
+      clip=first + j,
+      prompt=line.prompt,
+      **values,
+    )
+    for j in range(_pick(line, config, "videos_per_prompt"))
+  ]
+
+
+def _probe(path: str) -> None:
+  """Checks that a video can be read, by its first frame."""
+  video.read_video(path, limit=1)
+
+
+def _make_folder(out: str) -> pathlib.Path:
+  """Makes the folder, and finds out now whether it can be written."""
+  folder = pathlib.Path(out)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise video.storage_error(folder, error) from error
+  return folder
+
+
+def _check_clip(pipeline: Any, clip: clips.Clip, config: SampleConfig) -> None:
+  """Asks the model whether it can make a clip, without making it."""
+  if clip.video is not None:
+    return  # Its length is not known until all of it is read.
+  names = [
+    "num_frames",
+    "height",
+    "width",
+    "num_steps",
+    "guidance_scale",
+    "sampler",
+  ]
+  pipeline.model.plan(
+    base.Request(
+      **{name: getattr(clip, name) for name in names},
+      image=clip.image is not None,
+      options=dict(config.options),
+    )
+  )
+
+
+def _make(
+  pipeline: Any,
+  clip: clips.Clip,
+  config: SampleConfig,
+  out: pathlib.Path,
+  progress: progress_lib.Progress,
+) -> list[str]:
+  """Makes one clip, writes it, lists it and returns its files."""
+  formats = config_formats(config)
+  latents, frames = with_line(
+    clip.where, make, pipeline, clip, config, progress
+  )
+  settings = {name: getattr(config, name) for name in _SETTINGS}
+  stem = out / f"{clip.index:06d}_{clips.digest(clip, settings)}"
+  fps = pipeline.fps if config.fps is None else config.fps
+  with progress.stage("write"):
+    files = clips.write(stem, formats, latents, frames, fps)
+    clips.append(out / "clips.jsonl", clip, files, frames, fps)
+  progress.say(" ".join(files))
+  return files
+
+
+def make(
+  pipeline: Any,
+  clip: clips.Clip,
+  config: SampleConfig,
+  progress: progress_lib.Progress,
+) -> tuple[
+  Float[np.ndarray, "f h w c"] | None, UInt8[np.ndarray, "F H W 3"] | None
+]:
+  """Makes one clip: its latents and its frames, None if nobody wants them."""
+  formats = config_formats(config)
+  arguments = {
+    name: getattr(clip, name)
+    for name in [
+      "negative_prompt",
+      "image",
+      "video",
+      "num_frames",
+      "height",
+      "width",
+      "num_steps",
+      "guidance_scale",
+      "sampler",
+      "seed",
+    ]
+  }
+  if clip.video is not None:
+    arguments["strength"] = clip.strength
+  memory = {"tiling": config.tiling, "slicing": config.slicing}
+  result = pipeline.sample(
+    clip.prompt,
+    output="latents" if "npz" in formats else "uint8",
+    clips=[clip.clip],
+    progress=progress,
+    **arguments,
+    **memory,
+    **config.options,
+  )
+  if "npz" not in formats:
+    return None, np.asarray(result[0])
+  if formats == ("npz",):
+    return np.asarray(result[0]), None
+  with progress.stage("decode"):
+    frames = pipeline.decode(result, output="uint8", **memory)
+  return np.asarray(result[0]), np.asarray(frames[0])
