@@ -10,6 +10,8 @@ import diffusers
 import torch
 import transformers
 
+from tests import tiny_tokenizer
+
 _SCHEDULER = {
   "beta_start": 0.00085,
   "beta_end": 0.012,
@@ -119,23 +121,32 @@ def scheduler(variant: str, name: str = "DDIM"):
   return kind(snr_shift_scale=3.0 if variant == "2b" else 1.0, **_SCHEDULER)
 
 
-def write(folder: pathlib.Path, variant: str, *, dtype=torch.float32):
-  """Writes a checkpoint of `variant`; returns its diffusers pipeline."""
-  from tests import tiny_tokenizer
+def write(
+  folder: pathlib.Path,
+  variant: str,
+  *,
+  dtype: torch.dtype = torch.float32,
+  fields: dict[str, dict] | None = None,
+) -> diffusers.DiffusionPipeline:
+  """Writes `folder`/checkpoint; returns its diffusers pipeline.
 
+  Args:
+    folder: An empty folder.
+    variant: One of `VARIANTS`.
+    dtype: Of the files.
+    fields: Fields of the configs, by component.
+  """
+  fields = fields or {}
   tiny_tokenizer.write(folder / "source")
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "source")
-  i2v = variant.endswith("i2v")
-  kind = (
-    diffusers.CogVideoXImageToVideoPipeline
-    if i2v
-    else diffusers.CogVideoXPipeline
-  )
+  kind = diffusers.CogVideoXPipeline
+  if variant.endswith("i2v"):
+    kind = diffusers.CogVideoXImageToVideoPipeline
   pipeline = kind(
     tokenizer=tokenizer,
     text_encoder=text_encoder(len(tokenizer)),
-    vae=vae(variant),
-    transformer=transformer(variant),
+    vae=vae(variant, **fields.get("vae", {})),
+    transformer=transformer(variant, **fields.get("transformer", {})),
     scheduler=scheduler(variant),
   )
   if dtype != torch.float32:

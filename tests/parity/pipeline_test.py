@@ -244,9 +244,11 @@ def test_video_to_video(variant, scheduler, dynamic, checkpoint, monkeypatch):
   compare_frames(f"V2V {variant}, {scheduler}, strength 0.6", got, want)
 
 
-@pytest.mark.parametrize("variant", ["2b", "5b"])
+@pytest.mark.parametrize(
+  "variant", [pytest.param("2b", marks=pytest.mark.slow), "5b"]
+)
 def test_bfloat16_is_no_worse_than_theirs(variant, checkpoint, monkeypatch):
-  folder, theirs, ours = checkpoint(variant)
+  folder, theirs, _ = checkpoint(variant)
   use_scheduler(theirs, variant, "DDIM")
   draws = Draws((1, 3, 8, 12, 4), 50, monkeypatch)
   call = {"num_frames": 9, "max_sequence_length": 32, "output_type": "np"}

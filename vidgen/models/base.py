@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import pathlib
 import pkgutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key, PyTree
 
-from vidgen import diffusion, errors, models, weights
+from vidgen import diffusion, errors, models, tensorheader, weights
 
 
 class Component(NamedTuple):
@@ -196,10 +195,7 @@ def find_family(folder: pathlib.Path) -> ModuleType:
       f"{folder}: no model_index.json; give the folder that holds it, with "
       "its transformer/, vae/, text_encoder/, tokenizer/ and scheduler/."
     )
-  try:
-    name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
-  except (ValueError, KeyError, TypeError) as e:
-    raise errors.CorruptError(f"{path}: not a pipeline's index ({e}).") from e
+  name = tensorheader.read_json(path).get("_class_name")
   known = []
   for package in pkgutil.iter_modules(models.__path__):
     if not package.ispkg:

@@ -4,6 +4,7 @@ import pathlib
 
 from jax.typing import DTypeLike
 
+from vidgen.encoders import tokenizer
 from vidgen.models.cogvideox.config import (
   Config,
   config_1_5_5b,
@@ -25,7 +26,8 @@ PIPELINES = (
 
 def open_model(folder: pathlib.Path, dtype: DTypeLike) -> CogVideoX:
   """Returns the model of a checkpoint; its parameters are loaded apart."""
-  return CogVideoX(read_config(folder), dtype, folder)
+  config = read_config(folder)
+  return CogVideoX(config, dtype, tokenizer.load(folder / "tokenizer"))
 
 
 __all__ = [

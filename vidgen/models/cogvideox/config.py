@@ -1,11 +1,10 @@
 """The five published variants, and reading a checkpoint's own config."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
-from vidgen import errors
+from vidgen import errors, tensorheader
 from vidgen.encoders import t5
 from vidgen.models.cogvideox import transformer, vae
 
@@ -177,13 +176,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     raise errors.InputError(
       f"{path}: missing; the checkpoint needs its {path.parent.name}/ folder."
     )
-  try:
-    published = json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as e:
-    raise errors.CorruptError(f"{path}: not JSON ({e}).") from e
-  if not isinstance(published, dict):
-    raise errors.CorruptError(f"{path}: not a JSON object.")
-  return published
+  return tensorheader.read_json(path)
 
 
 def _pick(path, published: dict[str, Any], config: type) -> dict[str, Any]:

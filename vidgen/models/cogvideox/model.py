@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 import warnings
 from collections.abc import Callable
 
@@ -59,12 +58,12 @@ class CogVideoX:
   Attributes:
     config: The architecture.
     dtype: What the networks compute in.
-    folder: The checkpoint's folder, for its tokenizer.
+    tokenizer: The checkpoint's own.
   """
 
   config: Config
   dtype: DTypeLike
-  folder: pathlib.Path
+  tokenizer: tokenizer.Tokenizer
 
   @functools.cached_property
   def components(self) -> tuple[base.Component, ...]:
@@ -81,10 +80,6 @@ class CogVideoX:
       base.Conditioner("image", "vae", ("image",), self._image),
     )
 
-  @functools.cached_property
-  def _tokenizer(self) -> tokenizer.Tokenizer:
-    return tokenizer.load(self.folder / "tokenizer")
-
   def plan(self, request: base.Request) -> base.Plan:
     return plan.plan(self.config, request)
 
@@ -95,7 +90,7 @@ class CogVideoX:
     plan: base.Plan,
   ) -> list[dict[str, np.ndarray]]:
     length = plan.options["max_text_length"]
-    tokens = self._tokenizer(prompts, length)
+    tokens = self.tokenizer(prompts, length)
     for prompt, cut in zip(prompts, tokens.truncated, strict=True):
       if cut is not None:
         warnings.warn(

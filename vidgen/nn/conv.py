@@ -1,0 +1,236 @@
+"""Convolutions over videos: one door each, the fastest way behind it.
+
+XLA:CPU runs one 3-D convolution at half the speed of the same as 2-D ones, so
+on a CPU the doors lead to 2-D convolutions; elsewhere to XLA's own. The choice
+is made when a program is lowered: lowering for a TPU on a CPU gives the TPU's.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Frames = tuple[Array, ...]
+Bilinear = Callable[[Array, Frames], Array]
+
+
+def _convolve(x: Array, kernel: Array, stride: int, padding: tuple) -> Array:
+  """Convolves channels-last `x`, 2-D or 3-D by the rank of the kernel."""
+  axes = "DHW"[5 - kernel.ndim :]
+  return lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride,) * len(axes),
+    padding,
+    dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+  )
+
+
+def _per_frame(
+  x: Array, kernel: Array, stride: int = 1, padding: tuple = ((1, 1), (1, 1))
+) -> Array:
+  """Convolves each frame of `x` with a 2-D kernel."""
+  y = _convolve(x.reshape(-1, *x.shape[2:]), kernel, stride, padding)
+  return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def _door(fast: Bilinear, plain: Bilinear) -> Bilinear:
+  """Returns `fast` on a CPU and `plain` elsewhere, differentiable.
+
+  Both are bilinear in the kernel and the frames. The derivative is written out
+  because that of a choice keeps the residuals of every branch.
+  """
+
+  def run(kernel: Array, frames: Frames) -> Array:
+    in_float32 = lambda *args: fast(*_cast(args, jnp.float32)).astype(
+      kernel.dtype
+    )
+    return lax.platform_dependent(kernel, frames, cpu=in_float32, default=plain)
+
+  def jvp(primals, tangents):
+    is_zero = lambda t: isinstance(t, SymbolicZero)
+    (kernel, frames), (d_kernel, d_frames) = primals, tangents
+    y = run(kernel, frames)
+    tangent = jnp.zeros_like(y)
+    if not is_zero(d_kernel):
+      tangent += run(d_kernel, frames)
+    if not all(is_zero(d) for d in d_frames):
+      full = lambda d, x: jnp.zeros_like(x) if is_zero(d) else d
+      tangent += run(kernel, tuple(map(full, d_frames, frames)))
+    return y, tangent
+
+  door = jax.custom_jvp(run)
+  door.defjvp(jvp, symbolic_zeros=True)
+  return door
+
+
+def _cast(tree, dtype: DTypeLike):
+  return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def _with_past(frames: Frames) -> Array:
+  """Puts two frames before `x`: the history, or the first frame repeated."""
+  *history, x = frames
+  return jnp.concatenate([*(history or [x[:, :1]] * 2), x], axis=1)
+
+
+def _causal_plain(kernel: Array, frames: Frames) -> Array:
+  padding = ((0, 0), (1, 1), (1, 1))
+  return _convolve(_with_past(frames), kernel, 1, padding)
+
+
+def _causal_by_frames(kernel: Array, frames: Frames) -> Array:
+  """Convolves in time by Winograd's F(2, 3): four 2-D convolutions, not six.
+
+  Lavin and Gray, https://arxiv.org/abs/1509.09308, section 4.1. Time alone is
+  transformed, so the transforms add whole frames. Frames are taken in pairs; an
+  odd first one goes alone, and without a history its three taps are one.
+  """
+  x, padded = frames[-1], _with_past(frames)
+  alone = x.shape[1] % 2
+  parts = []
+  if alone and len(frames) == 1:
+    parts.append(_per_frame(x[:, :1], kernel.sum(0)))
+  elif alone:
+    taps = [_per_frame(padded[:, i : i + 1], kernel[i]) for i in range(3)]
+    parts.append(sum(taps))
+  if pairs := x.shape[1] // 2:
+    shifts = range(alone, alone + 4)
+    d0, d1, d2, d3 = (padded[:, i : i + 2 * pairs - 1 : 2] for i in shifts)
+    outer, middle = (kernel[0] + kernel[2]) / 2, kernel[1] / 2
+    m0 = _per_frame(d0 - d2, kernel[0])
+    m1 = _per_frame(d1 + d2, outer + middle)
+    m2 = _per_frame(d2 - d1, outer - middle)
+    m3 = _per_frame(d1 - d3, kernel[2])
+    y = jnp.stack([m0 + (m1 + m2), (m1 - m2) - m3], axis=2)
+    parts.append(y.reshape(y.shape[0], -1, *y.shape[3:]))
+  return jnp.concatenate(parts, axis=1)
+
+
+def _upsample_plain(kernel: Array, frames: Frames) -> Array:
+  x = jnp.repeat(jnp.repeat(frames[0], 2, axis=2), 2, axis=3)
+  return _per_frame(x, kernel)
+
+
+def _upsample_by_phase(kernel: Array, frames: Frames) -> Array:
+  """Convolves the small frames four times with kernels of 2x2.
+
+  An even row of the enlarged frame sees rows i-1, i, i of the small one and an
+  odd row i, i, i+1: taps that meet the same row are summed. 16 products where
+  the enlarged frame needs 36.
+  """
+  (x,) = frames
+  phases = [((0,), (1, 2)), ((0, 1), (2,))]
+  merge = lambda k, taps: jnp.stack([sum(k[i] for i in tap) for tap in taps])
+  rows = []
+  for i, taps in enumerate(phases):
+    by_row = jnp.swapaxes(merge(kernel, taps), 0, 1)
+    row = []
+    for j, taps in enumerate(phases):
+      small = jnp.swapaxes(merge(by_row, taps), 0, 1)
+      row.append(_per_frame(x, small, 1, ((1 - i, i), (1 - j, j))))
+    rows.append(jnp.stack(row, axis=4))
+  y = jnp.stack(rows, axis=3)
+  b, f, h, _, w, _, c = y.shape
+  return y.reshape(b, f, 2 * h, 2 * w, c)
+
+
+_causal = _door(_causal_by_frames, _causal_plain)
+_upsample = _door(_upsample_by_phase, _upsample_plain)
+
+
+def causal_conv3d(
+  x: Float[Array, "b f h w i"],
+  kernel: Float[Array, "3 3 3 i o"],
+  bias: Float[Array, " o"],
+  history: Float[Array, "b 2 h w i"] | None = None,
+) -> Float[Array, "b f h w o"]:
+  """Convolves with a 3x3x3 kernel that sees this frame and the two before it.
+
+  Space is padded by zeros. Before the first frame stand the two frames of
+  `history`, or, without one, the first frame twice.
+  """
+  frames = (x,) if history is None else (history, x)
+  return _causal(kernel, frames) + bias
+
+
+def upsample_conv2d(
+  x: Float[Array, "b f h w i"],
+  kernel: Float[Array, "3 3 i o"],
+  bias: Float[Array, " o"],
+) -> Float[Array, "b f 2*h 2*w o"]:
+  """Doubles each frame by nearest neighbour, then convolves it with 3x3."""
+  return _upsample(kernel, (x,)) + bias
+
+
+class _Conv(nn.Module):
+  """Holds a kernel and a bias; `features` are the output channels."""
+
+  features: int
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
+
+  def weights(self, *shape: int) -> tuple[Array, Array]:
+    axes = (None,) * (len(shape) - 1) + ("conv_in", "conv_out")
+    boxed = nn.with_logical_partitioning
+    kernel_init = boxed(nn.initializers.lecun_normal(), axes)
+    bias_init = boxed(nn.initializers.zeros, axes[-1:])
+    shape = (*shape, self.features)
+    kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
+    bias = self.param("bias", bias_init, shape[-1:], self.param_dtype)
+    return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
+class CausalConv3D(_Conv):
+  """A causal 3x3x3 convolution that goes on where the last chunk ended.
+
+  With the collection "cache" mutable it leaves there the last two frames of its
+  padded input, and where it finds them it starts from them.
+  """
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b f h w i"]) -> Float[Array, "b f h w o"]:
+    kernel, bias = self.weights(3, 3, 3, x.shape[-1])
+    x = x.astype(self.dtype)
+    history = None
+    if self.has_variable("cache", "history"):
+      history = self.get_variable("cache", "history")
+    if self.is_mutable_collection("cache") and not self.is_initializing():
+      before = x[:, :1] if history is None else history[:, 1:]
+      last = jnp.concatenate([before, x[:, -2:]], axis=1)[:, -2:]
+      self.put_variable("cache", "history", last)
+    return causal_conv3d(x, kernel, bias, history)
+
+
+class PointwiseConv3D(_Conv):
+  """A 1x1x1 convolution."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b f h w i"]) -> Float[Array, "b f h w o"]:
+    kernel, bias = self.weights(1, 1, 1, x.shape[-1])
+    return x.astype(self.dtype) @ kernel[0, 0, 0] + bias
+
+
+class DownsampleConv2D(_Conv):
+  """Halves each frame: 3x3, stride 2, zeros on the right and at the bottom."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b f h w i"]) -> Float[Array, "b f y x o"]:
+    kernel, bias = self.weights(3, 3, x.shape[-1])
+    return _per_frame(x.astype(self.dtype), kernel, 2, ((0, 1), (0, 1))) + bias
+
+
+class UpsampleConv2D(_Conv):
+  """Doubles each frame by nearest neighbour, then convolves it with 3x3."""
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b f h w i"]
+  ) -> Float[Array, "b f 2*h 2*w o"]:
+    kernel, bias = self.weights(3, 3, x.shape[-1])
+    return upsample_conv2d(x.astype(self.dtype), kernel, bias)
