@@ -50,7 +50,8 @@ class FakePipeline:
 def pipeline(monkeypatch):
   fake = FakePipeline()
 
-  def load(checkpoint, **arguments):
+  def load(checkpoint, *, check, **arguments):
+    check(fake)
     fake.loaded = {"checkpoint": checkpoint, **arguments}
     return fake
 
@@ -104,7 +105,6 @@ def test_one_prompt(tmp_path, pipeline):
       "guidance_scale": 6.0,
       "sampler": None,
       "tiling": False,
-      "slicing": False,
       "dynamic_guidance": True,
     }
   ]

@@ -1,6 +1,6 @@
 """Text and image to video in JAX: `vidgen.load(path).sample(prompt)`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vidgen.version import VERSION as __version__
@@ -18,6 +18,7 @@ def load(
   residency: str = "all",
   lora: str | None = None,
   lora_scale: float = 1.0,
+  check: Callable[[Any], None] | None = None,
 ) -> "Pipeline":
   """Loads a checkpoint, ready to sample.
 
@@ -32,6 +33,8 @@ def load(
       from the host for its stage alone.
     lora: A LoRA file in the diffusers layout, merged into the weights.
     lora_scale: Factor of the LoRA.
+    check: Is called with the model before its weights are read; what it raises
+      ends the loading.
 
   Raises:
     InputError: A checkpoint or an argument that cannot be used.
@@ -48,6 +51,7 @@ def load(
     residency=residency,
     lora=lora,
     lora_scale=lora_scale,
+    check=check,
   )
 
 

@@ -1,5 +1,11 @@
-"""What callers may write, made uniform: one value for each clip."""
+"""What callers may write, made uniform: one value for each clip.
 
+Each function names the argument that is wrong in one line of an InputError.
+"""
+
+import numbers
+import operator
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,35 +15,103 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from vidgen import errors, video
-from vidgen.models.base import Plan
+from vidgen.models.base import Plan, Request
 
 OUTPUTS = ("uint8", "float", "latents")
 
+# Frames that are read of a video that nobody cut.
+_MOST_FRAMES = 1000
+
+
+def whole(name: str, value: Any) -> int | None:
+  """Returns a whole number, or None as it is."""
+  if value is None:
+    return None
+  if not isinstance(value, bool):
+    try:
+      return operator.index(value)
+    except TypeError:
+      pass
+  raise errors.InputError(f"{name}: {value!r} is not a whole number.")
+
+
+def number(name: str, value: Any) -> float | None:
+  """Returns a number as a float, or None as it is."""
+  if value is None:
+    return None
+  if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    return float(value)
+  raise errors.InputError(f"{name}: {value!r} is not a number.")
+
+
+def flags(**values: Any) -> dict[str, bool]:
+  """Returns the values, each of which must be True or False."""
+  for name, value in values.items():
+    if not isinstance(value, bool | np.bool_):
+      raise errors.InputError(f"{name}: {value!r} is not True or False.")
+  return {name: bool(value) for name, value in values.items()}
+
+
+def request(
+  sizes: dict[str, Any],
+  guidance_scale: Any,
+  sampler: Any,
+  strength: Any,
+  image: Any,
+  options: dict[str, Any],
+) -> Request:
+  """Returns the request with its numbers checked.
+
+  Args:
+    sizes: num_frames, height, width and num_steps.
+    guidance_scale: A number, or None.
+    sampler: A name, or None.
+    strength: A number with a video; None without.
+    image: Whether there is one is all that counts.
+    options: The family's own, which it checks itself.
+  """
+  if sampler is not None and not isinstance(sampler, str):
+    raise errors.InputError(f"sampler: {sampler!r} is not a name.")
+  return Request(
+    **{name: whole(name, value) for name, value in sizes.items()},
+    guidance_scale=number("guidance_scale", guidance_scale),
+    sampler=sampler,
+    strength=number("strength", strength),
+    image=image is not None,
+    options=options,
+  )
+
 
 def prompts(
-  prompt: str | Sequence[str], negative_prompt: str | Sequence[str]
+  prompt: str | Sequence[str] | Any, negative_prompt: Any
 ) -> tuple[list[str], list[str]]:
   """Returns as many negative prompts as prompts; one serves all."""
-  positives = [prompt] if isinstance(prompt, str) else list(prompt)
+  positives = _texts("prompt", prompt)
   if not positives:
     raise errors.InputError("prompt: give at least one.")
-  negatives = (
-    [negative_prompt] * len(positives)
-    if isinstance(negative_prompt, str)
-    else list(negative_prompt)
-  )
+  # None is what diffusers calls the empty one.
+  negative_prompt = "" if negative_prompt is None else negative_prompt
+  negatives = _texts("negative_prompt", negative_prompt)
+  if isinstance(negative_prompt, str):
+    negatives *= len(positives)
   if len(negatives) != len(positives):
     raise errors.InputError(
       f"negative_prompt: {len(negatives)} for {len(positives)} prompts; give "
       "one, or one for each."
     )
-  for text in positives + negatives:
-    if not isinstance(text, str):
-      raise errors.InputError(f"prompt: {text!r} is not text.")
   return positives, negatives
 
 
-def check_output(output: str) -> None:
+def _texts(name: str, value: Any) -> list[str]:
+  texts = [value] if isinstance(value, str) else value
+  if not isinstance(texts, list | tuple) or not all(
+    isinstance(text, str) for text in texts
+  ):
+    raise errors.InputError(f"{name}: {value!r} is not text, nor a list of it.")
+  return list(texts)
+
+
+def check_output(output: Any) -> None:
   """Raises InputError unless `output` is one of `OUTPUTS`."""
   if output not in OUTPUTS:
     raise errors.InputError(
@@ -45,14 +119,9 @@ def check_output(output: str) -> None:
     )
 
 
-def _each(name: str, value: Any, ndim: int, count: int) -> list[Any]:
-  """One value for each prompt; a lone one (an array of `ndim`) serves all."""
-  several = isinstance(value, list | tuple) or (
-    isinstance(value, np.ndarray | jax.Array) and value.ndim > ndim
-  )
-  values = list(value) if several else [value] * count
-  if len(values) == 1:
-    values *= count
+def _each(name: str, values: list[Any], count: int) -> list[Any]:
+  """Returns a value for each of `count` clips; a lone one serves all."""
+  values = values * count if len(values) == 1 else values
   if len(values) != count:
     raise errors.InputError(
       f"{name}: {len(values)} for {count} prompts; give one, or one for each."
@@ -64,57 +133,127 @@ def images(
   image: Any, count: int, plan: Plan
 ) -> list[Float[np.ndarray, "H W 3"]]:
   """Returns an image for each clip, of the plan's size, in [-1, 1]."""
-  return [
+  several = isinstance(image, list | tuple) or (
+    isinstance(image, np.ndarray | jax.Array) and image.ndim == 4
+  )
+  fitted = [
     video.fit(one, plan.height, plan.width)
-    for one in _each("image", image, 3, count)
+    for one in (image if several else [image])
   ]
+  return _each("image", fitted, count)
 
 
 def videos(value: Any, count: int, num_frames: int | None) -> list[np.ndarray]:
   """Returns the frames of a video for each clip, cut to `num_frames`."""
-  # A list of frames is one video; a list of videos is several.
-  if isinstance(value, list | tuple) and not isinstance(value[0], str):
-    lone = np.ndim(value[0]) < 4
-    value = np.stack(value)[None] if lone else value
-  clips = []
-  for one in _each("video", value, 4, count):
-    is_path = not isinstance(one, np.ndarray | jax.Array)
-    frames = video.read_video(one) if is_path else np.asarray(one)
-    if num_frames is not None and len(frames) < num_frames:
-      raise errors.InputError(
-        f"video: {len(frames)} frames, fewer than num_frames={num_frames}."
-      )
-    clips.append(frames[:num_frames])
-  if len({len(clip) for clip in clips}) > 1:
+  if num_frames is not None and num_frames < 1:
+    raise errors.InputError(f"num_frames: {num_frames} is less than 1.")
+  is_array = isinstance(value, np.ndarray | jax.Array)
+  if isinstance(value, list | tuple) and value:
+    # A list of frames is one video; a list of videos is several.
+    one = value[0]
+    is_video = isinstance(one, str | os.PathLike | list | tuple)
+    several = is_video or np.ndim(one) == 4
+  else:
+    several = is_array and value.ndim == 5
+  read = [_frames(one, num_frames) for one in (value if several else [value])]
+  if len({len(frames) for frames in read}) > 1:
     raise errors.InputError(
       "video: the videos differ in length; set num_frames to cut them."
     )
-  return clips
+  return _each("video", read, count)
+
+
+def _frames(value: Any, num_frames: int | None) -> np.ndarray:
+  """Returns the frames `F H W 3` of one video."""
+  most = _MOST_FRAMES if num_frames is None else num_frames
+  if isinstance(value, str | os.PathLike):
+    frames = video.read_video(value, limit=most + (num_frames is None))
+  elif isinstance(value, list | tuple) and value:
+    frames = [np.asarray(video.read_image(frame)) for frame in value[:most]]
+    if len({frame.shape for frame in frames}) > 1:
+      raise errors.InputError("video: its frames differ in size.")
+    frames = np.stack(frames)
+  elif isinstance(value, np.ndarray | jax.Array):
+    frames = np.asarray(value)
+    if frames.ndim != 4 or frames.shape[-1] not in (3, 4) or not frames.size:
+      raise errors.InputError(
+        f"video: an array must be (frames, height, width, 3), not "
+        f"{frames.shape}."
+      )
+  else:
+    raise errors.InputError(
+      f"video: give a path, an array or a list of frames, not "
+      f"{type(value).__name__}."
+    )
+  if num_frames is None and len(frames) > _MOST_FRAMES:
+    raise errors.InputError(
+      f"video: longer than {_MOST_FRAMES} frames; set num_frames to cut it."
+    )
+  if num_frames is not None and len(frames) < num_frames:
+    raise errors.InputError(
+      f"video: {len(frames)} frames, fewer than num_frames={num_frames}."
+    )
+  return frames[:num_frames]
 
 
 def clips(
-  clips: Sequence[int] | None, count: int, seed: int
+  clips: Sequence[int] | Any | None, count: int
 ) -> UInt32[np.ndarray, " b"]:
-  """Returns the ids of the clips; 0, 1, ... by default. Checks the seed too."""
-  if not 0 <= seed < 2**32:
-    raise errors.InputError(f"seed: {seed} is not in [0, 2^32).")
-  clips = np.arange(count) if clips is None else np.asarray(clips)
-  if clips.shape != (count,) or (clips < 0).any() or (clips >= 2**32).any():
+  """Returns the ids of the clips; 0, 1, ... by default."""
+  if clips is None:
+    return np.arange(count, dtype=np.uint32)
+  try:
+    ids = [operator.index(clip) for clip in clips]
+  except TypeError:
+    ids = []
+  if len(ids) != count or not all(0 <= i < 2**32 for i in ids):
     raise errors.InputError(
-      f"clips: give {count} ids in [0, 2^32), one for each prompt."
+      f"clips: give {count} whole numbers in [0, 2^32), one for each prompt."
     )
-  return clips.astype(np.uint32)
+  return np.asarray(ids, np.uint32)
+
+
+def seed(value: Any) -> int:
+  """Returns the seed; jax.random.key would repeat itself from 2^32 on."""
+  value = whole("seed", value)
+  if value is None or not 0 <= value < 2**32:
+    raise errors.InputError(f"seed: {value} is not in [0, 2^32).")
+  return value
 
 
 def latents(
-  latents: Any, count: int, plan: Plan
-) -> Float[Array, "b f h w c"] | None:
-  """Returns given initial noise, of the shape that the plan denoises."""
-  if latents is None:
-    return None
-  latents = jnp.array(latents, jnp.float32)
-  if latents.shape != (count, *plan.latents):
+  latents: Any, shape: tuple[int | None, ...]
+) -> Float[Array, "b f h w c"]:
+  """Returns latents of a shape, None in which is any size, as a new array."""
+  array = floats("latents", latents)
+  fits = array.ndim == len(shape) and all(
+    want in (None, size) for size, want in zip(array.shape, shape, strict=True)
+  )
+  if not fits or not array.size:
+    want = ", ".join("any" if size is None else str(size) for size in shape)
+    raise errors.InputError(f"latents: shape {array.shape}, expected ({want}).")
+  return array
+
+
+def pixels(value: Any) -> Float[Array, "b F H W 3"]:
+  """Returns a video in [-1, 1] as a new array."""
+  array = floats("video", value)
+  if array.ndim != 5 or array.shape[-1] != 3 or not array.size:
     raise errors.InputError(
-      f"latents: shape {latents.shape}, expected {(count, *plan.latents)}."
+      f"video: shape {array.shape}, expected (batch, frames, height, width, 3)."
     )
-  return latents
+  if not jnp.abs(array).max() <= 1.01:
+    raise errors.InputError(
+      "video: values beyond [-1, 1]; bytes are 2 * (video / 255) - 1."
+    )
+  return array
+
+
+def floats(name: str, value: Any) -> Array:
+  """Returns a new float32 array of what is one of floats already."""
+  if isinstance(value, np.ndarray | jax.Array) and jnp.issubdtype(
+    value.dtype, jnp.floating
+  ):
+    return jnp.array(value, jnp.float32)
+  kind = value.dtype if hasattr(value, "dtype") else type(value).__name__
+  raise errors.InputError(f"{name}: give an array of floats, not {kind}.")

@@ -14,6 +14,8 @@ import vidgen
 from vidgen import errors, sample, video
 from vidgen import progress as progress_lib
 
+PROMPT = "A panda plays the guitar by a quiet stream."
+
 
 @dataclasses.dataclass
 class Report:
@@ -73,12 +75,12 @@ def run(
   if runs < 1:
     raise errors.InputError(f"runs: {runs}; give 1 or more.")
   if config.prompt is None and config.prompts is None:
-    config = dataclasses.replace(config, prompt="")
+    config = dataclasses.replace(config, prompt=PROMPT)
   clip = sample.plan(config)[0]
   progress = progress_lib.Progress() if progress is None else progress
   with progress:
     with progress.stage("load"):
-      pipeline = sample.load(config)
+      pipeline = sample.load(config, [clip])
     load = progress.seconds.pop("load")
     before = progress.compile_seconds
     times, stages = [], []

@@ -1,7 +1,7 @@
 """From a folder or a hub id to a pipeline."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,13 +23,16 @@ def load(
   residency: str,
   lora: str | None,
   lora_scale: float,
+  check: Callable[[base.Model], None] | None,
 ) -> Pipeline:
   """Loads a checkpoint; see `vidgen.load`."""
-  dtype = jnp.dtype(dtype)
-  if dtype.name not in DTYPES:
-    raise errors.InputError(
-      f"dtype: {dtype.name} is not one of {', '.join(DTYPES)}."
-    )
+  try:
+    name = jnp.dtype(dtype).name
+  except TypeError:
+    name = str(dtype)
+  if name not in DTYPES:
+    raise errors.InputError(f"dtype: {name} is not one of {', '.join(DTYPES)}.")
+  dtype = jnp.dtype(name)
   if residency not in RESIDENCIES:
     raise errors.InputError(
       f"residency: {residency!r} is not one of {', '.join(RESIDENCIES)}."
@@ -37,6 +40,8 @@ def load(
   mesh = sharding.make_mesh(mesh)
   folder = checkpoint.resolve(path_or_hub_id, revision)
   model = base.find_family(folder).open_model(folder, dtype)
+  if check is not None:
+    check(model)
   params = {}
   for component in model.components:
     where = None

@@ -68,7 +68,8 @@ class Pipeline:
     # The embeddings of unconditional prompts, the empty one above all.
     self._unconditional: dict[Any, dict[str, Array]] = {}
     self._conditioners = [
-      (stage, jax.jit(stage.apply)) for stage in model.conditioners
+      (stage, jax.jit(functools.partial(stage.apply, tiling=False)))
+      for stage in model.conditioners
     ]
     self._encode = jax.jit(
       functools.partial(model.encode, tiling=False),
@@ -90,7 +91,7 @@ class Pipeline:
   def sample(
     self,
     prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str] = "",
+    negative_prompt: str | Sequence[str] | None = "",
     image: Any = None,
     video: Any = None,
     strength: float = 0.8,
@@ -143,26 +144,24 @@ class Pipeline:
       InputError: An argument that is wrong, or that this model cannot use.
     """
     progress = _Silent() if progress is None else progress
+    memory = arguments.flags(tiling=tiling, slicing=slicing)
     prompts, negatives = arguments.prompts(prompt, negative_prompt)
     arguments.check_output(output)
-    videos = (
-      None
-      if video is None
-      else arguments.videos(video, len(prompts), num_frames)
-    )
-    if videos is None and strength != 0.8:
-      raise errors.InputError("strength: has no meaning without a video.")
+    seed = arguments.seed(seed)
+    clips = arguments.clips(clips, len(prompts))
+    videos = None
+    if video is not None:
+      num_frames = arguments.whole("num_frames", num_frames)
+      videos = arguments.videos(video, len(prompts), num_frames)
+      num_frames = len(videos[0])
+    if strength is None or (videos is None and strength != 0.8):
+      raise errors.InputError("strength: a number, of use with a video alone.")
+    sizes = {"num_frames": num_frames, "height": height, "width": width}
+    sizes["num_steps"] = num_steps
+    strength = None if videos is None else strength
     plan = self.model.plan(
-      base.Request(
-        num_frames=num_frames if videos is None else len(videos[0]),
-        height=height,
-        width=width,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        sampler=sampler,
-        strength=None if videos is None else strength,
-        image=image is not None,
-        options=options,
+      arguments.request(
+        sizes, guidance_scale, sampler, strength, image, options
       )
     )
     if plan.guidance is None and any(negatives):
@@ -172,14 +171,13 @@ class Pipeline:
     images = (
       None if image is None else arguments.images(image, len(prompts), plan)
     )
-    clips = arguments.clips(clips, len(prompts), seed)
-    latents = arguments.latents(latents, len(prompts), plan)
+    if latents is not None:
+      latents = arguments.latents(latents, (len(prompts), *plan.latents))
 
-    memory = {"tiling": tiling, "slicing": slicing}
     with sharding.use(self.mesh):
       keys = samplers.keys(seed, clips, samplers.POSTERIOR)
       condition, unconditional = self._condition(
-        prompts, negatives, images, plan, keys, progress
+        prompts, negatives, images, plan, keys, memory, progress
       )
       if latents is None:
         keys_initial = samplers.keys(seed, clips, samplers.INITIAL)
@@ -206,7 +204,9 @@ class Pipeline:
     )
     with sharding.use(self.mesh):
       inputs = self.model.inputs(prompts, images, plan)
-      return self._embed(inputs, [None] * len(prompts), _Silent())
+      memory = {"tiling": False, "slicing": False}
+      keys = [None] * len(prompts)
+      return _stack(self._embed(inputs, keys, memory, _Silent()))
 
   def encode(
     self, video: Any, *, tiling: bool = False, slicing: bool = False
@@ -218,11 +218,10 @@ class Pipeline:
       tiling: In overlapping tiles.
       slicing: Clip by clip.
     """
-    video = jnp.asarray(video, jnp.float32)
+    memory = arguments.flags(tiling=tiling, slicing=slicing)
+    video = arguments.pixels(video)
     with sharding.use(self.mesh), self._resident("vae") as params:
-      encode = self.model.encode if tiling else self._encode
-      extra = {"tiling": True} if tiling else {}
-      return np.asarray(encode(params, video, None, slicing=slicing, **extra))
+      return np.asarray(self._encoded(params, video, None, memory))
 
   def decode(
     self,
@@ -234,10 +233,11 @@ class Pipeline:
   ) -> np.ndarray:
     """Returns the videos `b F H W 3` of scaled latents; see `sample`."""
     arguments.check_output(output)
-    latents = jnp.asarray(latents, jnp.float32)
+    memory = arguments.flags(tiling=tiling, slicing=slicing)
+    shape = (None, None, None, None, self.model.latent_channels)
+    latents = arguments.latents(latents, shape)
     if output == "latents":
       return np.asarray(latents)
-    memory = {"tiling": tiling, "slicing": slicing}
     with sharding.use(self.mesh):
       return self._decoded(latents, output, memory, _Silent())
 
@@ -253,34 +253,30 @@ class Pipeline:
     finally:
       jax.tree.map(lambda leaf: leaf.delete(), placed)
 
-  def _condition(self, prompts, negatives, images, plan, keys, progress):
+  def _condition(
+    self, prompts, negatives, images, plan, keys, memory, progress
+  ):
     """The embeddings of both branches; the unconditional one may be None."""
     inputs = self.model.inputs(prompts, images, plan)
     each = [keys[i : i + 1] for i in range(len(prompts))]
     if plan.guidance is None:
-      return self._embed(inputs, each, progress), None
-    options = tuple(sorted(plan.options.items()))
-    new = [
-      text
-      for text in dict.fromkeys(negatives)
-      if (text, options) not in self._unconditional
-    ]
-    inputs += self.model.inputs(new, None, plan) if new else []
-    each += [None] * len(new)
-    parts = self._embed_each(inputs, each, progress)
+      return _stack(self._embed(inputs, each, memory, progress)), None
+    texts = list(dict.fromkeys(negatives))
+    extra = dict(zip(texts, self.model.inputs(texts, None, plan), strict=True))
+    new = [t for t in texts if _content(extra[t]) not in self._unconditional]
+    inputs += [extra[text] for text in new]
+    parts = self._embed(inputs, each + [None] * len(new), memory, progress)
     b = len(prompts)
     embedded = dict(zip(new, parts[b:], strict=True))
     if "" in embedded:
-      self._unconditional["", options] = embedded[""]
-    find = lambda text: embedded.get(text) or self._unconditional[text, options]
+      self._unconditional[_content(extra[""])] = embedded[""]
+    known = lambda text: self._unconditional[_content(extra[text])]
+    find = lambda text: embedded[text] if text in embedded else known(text)
     condition = _stack(parts[:b])
     # The branches differ in the text alone.
     return condition, {**condition, **_stack([find(t) for t in negatives])}
 
-  def _embed(self, inputs, keys, progress):
-    return _stack(self._embed_each(inputs, keys, progress))
-
-  def _embed_each(self, inputs, keys, progress):
+  def _embed(self, inputs, keys, memory, progress):
     """Runs each stage over all the clips, one by one: no clip sees a batch."""
     embedded = [{} for _ in inputs]
     for stage, apply in self._conditioners:
@@ -291,12 +287,15 @@ class Pipeline:
       ]
       if not todo:
         continue
+      if stage.tiles and memory["tiling"]:
+        apply = functools.partial(stage.apply, tiling=True)
       with (
         progress.stage(stage.stage),
         self._resident(stage.component) as params,
       ):
         for i in todo:
-          embedded[i] |= apply(params[stage.component], inputs[i], keys[i])
+          key = keys[i] if stage.draws else None
+          embedded[i] |= apply(params[stage.component], inputs[i], key)
         jax.block_until_ready(embedded)
     return embedded
 
@@ -309,16 +308,19 @@ class Pipeline:
       ]
     )
     with progress.stage("video"), self._resident("vae") as params:
-      if memory["tiling"]:
-        latents = self.model.encode(params, jnp.asarray(frames), keys, **memory)
-      else:
-        latents = self._encode(params, frames, keys, slicing=memory["slicing"])
+      latents = self._encoded(params, jnp.asarray(frames), keys, memory)
       # Padding repeats the first latent; it is dropped again.
       first = [latents[:, :1]] * plan.padding
       latents = jnp.concatenate([*first, latents], axis=1)
       level = jax.tree.map(lambda a: np.float32(a[0]), plan.schedule.now)
       latents = diffusion.add_noise(latents, noise, level)
       return latents.block_until_ready()
+
+  def _encoded(self, params, video, keys, memory):
+    """Scaled latents; tiles compile by themselves, all else as a whole."""
+    if memory["tiling"]:
+      return self.model.encode(params, video, keys, **memory)
+    return self._encode(params, video, keys, slicing=memory["slicing"])
 
   def _loop(self, x, condition, unconditional, keys, plan, progress):
     """Denoises; returns latents without padding."""
@@ -407,6 +409,11 @@ class _Silent:
 
   def step(self, done: int, total: int) -> None:
     pass
+
+
+def _content(inputs: dict[str, np.ndarray]) -> tuple[tuple[str, bytes], ...]:
+  """What tells inputs apart."""
+  return tuple((name, inputs[name].tobytes()) for name in sorted(inputs))
 
 
 def _stack(parts: list[dict[str, Array]]) -> dict[str, Array]:

@@ -26,7 +26,6 @@ _SETTINGS = (
   "lora",
   "lora_scale",
   "tiling",
-  "slicing",
   "options",
 )
 
@@ -47,8 +46,7 @@ class SampleConfig:
     image: The first frame, for checkpoints that start from an image.
     video: A video to change, by `strength` in (0, 1].
     videos_per_prompt: Clips for each prompt, each from noise of its own.
-    tiling: Decode in tiles: less memory, slightly other pixels.
-    slicing: Decode one video at a time.
+    tiling: Encode and decode in tiles: less memory, slightly other pixels.
     lora: A LoRA file in the published layout, merged with `lora_scale`.
     formats: Some of mp4, gif, png (a folder of frames) and npz (latents).
     fps: The frame rate of the files.
@@ -76,7 +74,6 @@ class SampleConfig:
   seed: int = 0
   videos_per_prompt: int = 1
   tiling: bool = False
-  slicing: bool = False
   lora: str | None = None
   lora_scale: float = 1.0
   formats: tuple[str, ...] = ("mp4",)
@@ -102,15 +99,17 @@ def run(
   out = _make_folder(config.out)
   progress = progress_lib.Progress() if progress is None else progress
   files = []
-  with progress:
-    with progress.stage("load"):
-      pipeline = load(config)
-    # Line 900 of a file should not fail after a night of sampling.
-    for clip in planned:
-      with_line(clip.where, _check_clip, pipeline, clip, config)
-    for done, clip in enumerate(planned, 1):
-      progress.clip(done, len(planned))
-      files += _make(pipeline, clip, config, out, progress)
+  try:
+    with progress:
+      with progress.stage("load"):
+        pipeline = load(config, planned)
+      for done, clip in enumerate(planned, 1):
+        progress.clip(done, len(planned))
+        files += _make(pipeline, clip, config, out, progress)
+  finally:
+    # A job that made nothing leaves no empty folder behind.
+    if not any(out.iterdir()):
+      out.rmdir()
   peak_bytes, peak_of = progress_lib.peak_memory()
   return progress_lib.Summary(
     out=config.out,
@@ -123,8 +122,17 @@ def run(
   )
 
 
-def load(config: SampleConfig) -> Any:
-  """Returns the pipeline that a config names."""
+def load(config: SampleConfig, planned: list[clips.Clip]) -> Any:
+  """Returns the pipeline that a config names.
+
+  The model is asked for every clip before its weights are read: line 900 of a
+  file should not fail after a night of sampling.
+  """
+
+  def check(model: Any) -> None:
+    for clip in planned:
+      with_line(clip.where, _check_clip, model, clip, config)
+
   return vidgen.load(
     config.checkpoint,
     dtype=config.dtype,
@@ -133,6 +141,7 @@ def load(config: SampleConfig) -> Any:
     residency=config.residency,
     lora=config.lora,
     lora_scale=config.lora_scale,
+    check=check,
   )
 
 
@@ -150,6 +159,8 @@ def plan(config: SampleConfig) -> list[clips.Clip]:
     raise errors.InputError(
       "prompt: give either --prompt=TEXT or --prompts=FILE."
     )
+  if config.prompt is not None and not config.prompt.strip():
+    raise errors.InputError("prompt: is empty.")
   if config.prompts is None:
     lines = [prompts.Line(where="", prompt=config.prompt)]
   else:
@@ -209,8 +220,15 @@ def _check_config(config: SampleConfig) -> None:
       f"config: {taken[0]!r} is no option of a family; set --config."
       f"{taken[0]} itself."
     )
+  if config.mesh.get("data", 1) != 1:
+    raise errors.InputError(
+      "config: mesh.data splits a batch, and the job makes one clip at a time; "
+      "use cfg, fsdp, context or tensor."
+    )
   if not math.isfinite(config.lora_scale):
     raise errors.InputError("config: lora_scale must be finite.")
+  if config.lora is None and config.lora_scale != SampleConfig.lora_scale:
+    raise errors.InputError("config: lora_scale needs a LoRA; set lora=FILE.")
   if config.lora is not None and not os.path.isfile(config.lora):
     raise errors.InputError(f"{config.lora}: there is no such LoRA file.")
 
@@ -278,7 +296,7 @@ def _make_folder(out: str) -> pathlib.Path:
   return folder
 
 
-def _check_clip(pipeline: Any, clip: clips.Clip, config: SampleConfig) -> None:
+def _check_clip(model: Any, clip: clips.Clip, config: SampleConfig) -> None:
   """Asks the model whether it can make a clip, without making it."""
   if clip.video is not None:
     return  # Its length is not known until all of it is read.
@@ -290,7 +308,7 @@ def _check_clip(pipeline: Any, clip: clips.Clip, config: SampleConfig) -> None:
     "guidance_scale",
     "sampler",
   ]
-  pipeline.model.plan(
+  model.plan(
     base.Request(
       **{name: getattr(clip, name) for name in names},
       image=clip.image is not None,
@@ -348,7 +366,7 @@ def make(
   }
   if clip.video is not None:
     arguments["strength"] = clip.strength
-  memory = {"tiling": config.tiling, "slicing": config.slicing}
+  memory = {"tiling": config.tiling}
   result = pipeline.sample(
     clip.prompt,
     output="latents" if "npz" in formats else "uint8",

@@ -59,7 +59,7 @@ def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
     _rules.reset(token)
 
 
-def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | Any | None) -> Mesh:
   """Returns a mesh of `sizes`; axes that are not named have size 1.
 
   Args:
@@ -69,13 +69,17 @@ def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
   Raises:
     InputError: An unknown axis, or more devices than there are.
   """
+  if sizes is not None and not isinstance(sizes, Mapping):
+    raise errors.InputError(f"mesh: {sizes!r} does not map axes to sizes.")
   sizes = dict(sizes or {})
   if unknown := sizes.keys() - set(MESH_AXES):
     raise errors.InputError(
       f"mesh: unknown axes {sorted(unknown)}; the axes are {MESH_AXES}."
     )
   devices = jax.devices()
-  shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
+  shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+  if not all(type(size) is int for size in shape):
+    raise errors.InputError(f"mesh: sizes must be whole numbers: {sizes}.")
   if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
     raise errors.InputError(
       f"mesh: sizes must be positive, one may be -1: {sizes}."
@@ -123,6 +127,14 @@ def _spec(
     taken.update(use)
     spec.append(tuple(use) or None)
   return PartitionSpec(*spec)
+
+
+def split(axis: str) -> bool:
+  """Says whether the logical `axis` is split over devices here."""
+  mesh = jax.sharding.get_abstract_mesh()
+  names = dict(_rules.get())[axis]
+  names = (names,) if isinstance(names, str) else tuple(names or ())
+  return not mesh.empty and any(mesh.shape[name] > 1 for name in names)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:

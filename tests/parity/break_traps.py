@@ -1,6 +1,6 @@
 r"""Breaks each known parity trap once and sees that a test goes red.
 
-python tests/parity/break_traps.py [--only=WORD]
+python tests/parity/break_traps.py [--only=WORD] [--skip=N]
 
 Each row changes one line of a copy of the tree and runs the test that should
 notice. The exit code says whether all did.
@@ -17,6 +17,7 @@ from absl import app, flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 _ONLY = flags.DEFINE_string("only", "", "Only traps whose name holds this.")
+_SKIP = flags.DEFINE_integer("skip", 0, "Leaves out the first so many.")
 
 
 class Trap(NamedTuple):
@@ -37,6 +38,8 @@ WEIGHTS = "vidgen/models/cogvideox/transformer_weights.py"
 SAMPLERS = "tests/parity/samplers_test.py"
 NETWORK = "tests/parity/transformer_test.py"
 PIPELINE = "tests/parity/pipeline_test.py"
+VAE = "tests/parity/vae_test.py"
+T5 = "tests/parity/t5_test.py"
 
 TRAPS = [
   Trap(
@@ -93,7 +96,7 @@ TRAPS = [
     DIT,
     "norm.LayerNorm(1e-6, self.param_dtype",
     "norm.LayerNorm(1e-5, self.param_dtype",
-    f"{NETWORK}::test_transformer[2-2b]",
+    f"{NETWORK}::test_query_and_key_norms_have_their_own_epsilon",
   ),
   Trap(
     "layer norms with SAT's epsilon",
@@ -223,6 +226,99 @@ TRAPS = [
     "**jax.tree.map(jnp.zeros_like, _stack([find(t) for t in negatives]))",
     f"{PIPELINE}::test_two_prompts_at_once",
   ),
+  Trap(
+    "longer chunks of frames in the encoder",
+    "vidgen/models/cogvideox/vae.py",
+    "PIXEL_CHUNK = 8",
+    "PIXEL_CHUNK = 16",
+    f"{VAE}::test_encode[33]",
+  ),
+  Trap(
+    "longer chunks of latents in the decoder",
+    "vidgen/models/cogvideox/vae.py",
+    "LATENT_CHUNK = 2",
+    "LATENT_CHUNK = 4",
+    f"{VAE}::test_decode[8]",
+  ),
+  Trap(
+    "the remainder in the last chunk",
+    "vidgen/models/cogvideox/chunks.py",
+    "return frames - rest * chunk, rest",
+    "return (chunk if rest else frames), rest",
+    f"{VAE}::test_decode[5]",
+  ),
+  Trap(
+    "neighbouring tiles not blended themselves",
+    "vidgen/models/cogvideox/chunks.py",
+    "lower = tile[:, :, max(h - vertical.blend, 0) :]",
+    "lower = 0.9 * tile[:, :, max(h - vertical.blend, 0) :]",
+    f"{VAE}::test_tiled_decode",
+  ),
+  Trap(
+    "the posterior's log variance not clipped",
+    "vidgen/models/cogvideox/vae.py",
+    "jnp.clip(logvar, -30.0, 20.0)",
+    "logvar",
+    f"{VAE}::test_encode[1]",
+  ),
+  Trap(
+    "a first frame of its own in every first chunk, even ones too",
+    "vidgen/models/cogvideox/vae.py",
+    '"""Repeats each frame; of an odd number the first stays alone."""\n'
+    "  alone = x.shape[1] % 2",
+    '"""Repeats each frame; of an odd number the first stays alone."""\n'
+    "  alone = 1",
+    f"{VAE}::test_decode[2]",
+  ),
+  Trap(
+    "latents resized without their first frame apart",
+    "vidgen/models/cogvideox/vae.py",
+    "rest = jnp.repeat(z[:, 1:], repeats, axis=1)",
+    "rest = jnp.repeat(z[:, :-1], repeats, axis=1)",
+    f"{VAE}::test_decode[3]",
+  ),
+  Trap(
+    "zeros before the first frame",
+    "vidgen/nn/conv.py",
+    "(history or [x[:, :1]] * 2)",
+    "(history or [0 * x[:, :1]] * 2)",
+    f"{VAE}::test_decode[2]",
+  ),
+  Trap(
+    "1/sqrt(d) in T5",
+    "vidgen/encoders/t5.py",
+    "bias=bias, scale=1.0)",
+    "bias=bias)",
+    f"{T5}::test_float32",
+  ),
+  Trap(
+    "T5's exact GELU",
+    "vidgen/encoders/t5.py",
+    "nn.gelu(gate.astype(jnp.float32), approximate=True)",
+    "nn.gelu(gate.astype(jnp.float32), approximate=False)",
+    f"{T5}::test_float32",
+  ),
+  Trap(
+    "T5's buckets without the sign",
+    "vidgen/encoders/t5.py",
+    "bucket + half * (distance > 0)",
+    "bucket + half * (distance < 0)",
+    f"{T5}::test_float32",
+  ),
+  Trap(
+    "the padding's tokens masked in T5",
+    "vidgen/encoders/t5.py",
+    "    x, _ = blocks(x, bias)",
+    "    bias = jnp.where(ids[0] == 0, -1e9, bias)\n    x, _ = blocks(x, bias)",
+    f"{T5}::test_float32",
+  ),
+  Trap(
+    "the model's scaling factor left out of V2V",
+    MODEL,
+    "return latents * self.config.vae.scaling_factor",
+    "return latents * 1.0",
+    f"{PIPELINE}::test_video_to_video[5b-DPM-False]",
+  ),
 ]
 
 
@@ -250,7 +346,7 @@ def went_red(trap: Trap) -> bool:
 def main(argv: list[str]) -> None:
   del argv
   green = []
-  for trap in TRAPS:
+  for trap in TRAPS[_SKIP.value :]:
     if _ONLY.value not in trap.name:
       continue
     red = went_red(trap)

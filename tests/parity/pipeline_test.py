@@ -3,7 +3,6 @@
 import functools
 
 import diffusers
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -34,59 +33,53 @@ def checkpoint(tmp_path_factory):
 
 
 class Draws:
-  """The same noise for both sides, whatever they ask for it."""
+  """Our own noise of each clip, handed to diffusers wherever it draws."""
 
-  def __init__(self, shape, steps, monkeypatch):
+  def __init__(self, shape, monkeypatch, *, seed=7, clips=(4, 9)):
     """`shape` is that of the latents, `b f h w c`."""
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    self.initial = draw(*shape)
-    self.steps = draw(steps, *shape)
-    self.posterior = draw(*shape)
+    self.call = {"seed": seed, "clips": list(clips[: shape[0]])}
+    self._shape = shape[1:]
+    self._keys = lambda purpose: samplers.keys(
+      seed, np.asarray(self.call["clips"], np.uint32), purpose
+    )
     self._monkeypatch = monkeypatch
-    self._step = -1
+    self.initial = np.asarray(
+      samplers.normal(self._keys(samplers.INITIAL), self._shape)
+    )
 
   def torch_initial(self):
-    return torch.from_numpy(self.initial).permute(0, 1, 4, 2, 3).clone()
+    return torch.from_numpy(self.initial.copy()).permute(0, 1, 4, 2, 3)
 
   def inject(self, pipeline):
-    """Patches diffusers' and our random numbers."""
-    self._step = -1
+    """Patches the places where diffusers draws."""
+    count = {"step": -1, "posterior": 0}
     step = type(pipeline.scheduler).step
 
     def counted(scheduler, *args, **kwargs):
-      self._step += 1
+      count["step"] += 1
       return step(scheduler, *args, **kwargs)
 
-    patch = self._monkeypatch.setattr
-    patch(type(pipeline.scheduler), "step", counted)
-    patch(
-      "diffusers.schedulers.scheduling_dpm_cogvideox.randn_tensor",
-      lambda *args, **kwargs: torch.from_numpy(self.steps[self._step]).permute(
-        0, 1, 4, 2, 3
-      ),
-    )
-    count = {"posterior": 0}
+    def step_noise(*args, **kwargs):
+      keys = self._keys(samplers.STEP)
+      noise = samplers.step_noise(keys, count["step"], self._shape)
+      return torch.from_numpy(np.array(noise)).permute(0, 1, 4, 2, 3)
 
     def posterior(shape, **kwargs):
       i, count["posterior"] = count["posterior"], count["posterior"] + 1
-      noise = self.posterior[i : i + 1, : shape[2]]
-      return torch.from_numpy(noise).permute(0, 4, 1, 2, 3)
+      keys = self._keys(samplers.POSTERIOR)[i : i + 1]
+      noise = samplers.normal(keys, (*shape[2:], shape[1]))
+      return torch.from_numpy(np.array(noise)).permute(0, 4, 1, 2, 3)
 
+    patch = self._monkeypatch.setattr
+    patch(type(pipeline.scheduler), "step", counted)
+    schedulers = "diffusers.schedulers.scheduling_dpm_cogvideox"
+    patch(f"{schedulers}.randn_tensor", step_noise)
     patch("diffusers.models.autoencoders.vae.randn_tensor", posterior)
+    pipelines = "diffusers.pipelines.cogvideo.pipeline_cogvideox"
     patch(
-      samplers, "step_noise", lambda keys, i, shape: jnp.asarray(self.steps)[i]
+      f"{pipelines}_video2video.randn_tensor",
+      lambda *args, **kwargs: self.torch_initial(),
     )
-    patch(
-      samplers,
-      "normal",
-      lambda keys, shape: jnp.asarray(self.posterior)[:, : shape[0]],
-    )
-
-
-def fresh(ours):
-  """A pipeline with nothing compiled, so that patches are traced."""
-  return type(ours)(ours.model, ours.params, ours.mesh)
 
 
 def compare_frames(case, got, want):
@@ -121,7 +114,7 @@ def test_text_to_video(
   sampler = use_scheduler(theirs, variant, scheduler)
   f = 4 if variant.startswith("1.5") else 3
   shape = (1, f, size[0] // 8, size[1] // 8, 4)
-  draws = Draws(shape, 50, monkeypatch)
+  draws = Draws(shape, monkeypatch)
   draws.inject(theirs)
   call = {"height": size[0], "width": size[1], "num_frames": 9}
   want = theirs(
@@ -133,12 +126,12 @@ def test_text_to_video(
     max_sequence_length=32,
     **call,
   ).frames
-  got = fresh(ours).sample(
+  got = ours.sample(
     PROMPT,
     "blurry",
     sampler=sampler,
-    latents=draws.initial,
     output="float",
+    **draws.call,
     dynamic_guidance=dynamic,
     **call,
   )
@@ -150,7 +143,7 @@ def test_text_to_video(
 def test_two_prompts_at_once(checkpoint, monkeypatch):
   _, theirs, ours = checkpoint("5b")
   sampler = use_scheduler(theirs, "5b", "DPM")
-  draws = Draws((2, 3, 8, 12, 4), 50, monkeypatch)
+  draws = Draws((2, 3, 8, 12, 4), monkeypatch)
   draws.inject(theirs)
   prompts = [PROMPT, SECOND]
   want = theirs(
@@ -160,9 +153,7 @@ def test_two_prompts_at_once(checkpoint, monkeypatch):
     output_type="np",
     max_sequence_length=32,
   ).frames
-  got = fresh(ours).sample(
-    prompts, sampler=sampler, latents=draws.initial, output="float"
-  )
+  got = ours.sample(prompts, sampler=sampler, output="float", **draws.call)
   compare_frames("T2V 5b, two prompts", got, want)
   assert compare.error(got[0], got[1]) > 0.01
 
@@ -179,7 +170,7 @@ def test_image_to_video(variant, scheduler, checkpoint, monkeypatch):
   _, theirs, ours = checkpoint(variant)
   sampler = use_scheduler(theirs, variant, scheduler)
   f = 4 if variant.startswith("1.5") else 3
-  draws = Draws((1, f, 8, 12, 4), 50, monkeypatch)
+  draws = Draws((1, f, 8, 12, 4), monkeypatch)
   draws.inject(theirs)
   call = {"height": 64, "width": 96, "num_frames": 9}
   want = theirs(
@@ -190,12 +181,12 @@ def test_image_to_video(variant, scheduler, checkpoint, monkeypatch):
     max_sequence_length=32,
     **call,
   ).frames
-  got = fresh(ours).sample(
+  got = ours.sample(
     PROMPT,
     image=image(),
     sampler=sampler,
-    latents=draws.initial,
     output="float",
+    **draws.call,
     **call,
   )
   compare_frames(f"I2V {variant}, {scheduler}", got, want)
@@ -210,12 +201,8 @@ def test_video_to_video(variant, scheduler, dynamic, checkpoint, monkeypatch):
   sampler = use_scheduler(text_to_video, variant, scheduler)
   theirs = diffusers.CogVideoXVideoToVideoPipeline(**text_to_video.components)
   theirs.set_progress_bar_config(disable=True)
-  draws = Draws((1, 3, 8, 12, 4), 50, monkeypatch)
+  draws = Draws((1, 3, 8, 12, 4), monkeypatch)
   draws.inject(theirs)
-  monkeypatch.setattr(
-    "diffusers.pipelines.cogvideo.pipeline_cogvideox_video2video.randn_tensor",
-    lambda *args, **kwargs: draws.torch_initial(),
-  )
   rng = np.random.default_rng(2)
   frames = [
     image().crop((i, i, 100 + i, 60 + i)) for i in rng.integers(0, 30, 9)
@@ -230,18 +217,81 @@ def test_video_to_video(variant, scheduler, dynamic, checkpoint, monkeypatch):
     output_type="np",
     max_sequence_length=32,
   ).frames
-  got = fresh(ours).sample(
+  got = ours.sample(
     PROMPT,
     video=[np.asarray(frame) for frame in frames],
     strength=0.6,
     height=64,
     width=96,
     sampler=sampler,
-    latents=draws.initial,
     output="float",
+    **draws.call,
     dynamic_guidance=dynamic,
   )
   compare_frames(f"V2V {variant}, {scheduler}, strength 0.6", got, want)
+
+
+def test_one_image_serves_two_prompts_in_tiles(checkpoint, monkeypatch):
+  """Each clip has its own posterior noise; tiling concerns the image too."""
+  _, theirs, ours = checkpoint("5b-i2v")
+  sampler = use_scheduler(theirs, "5b-i2v", "DPM")
+  draws = Draws((2, 3, 8, 12, 4), monkeypatch)
+  draws.inject(theirs)
+  theirs.vae.enable_tiling()
+  prompts = [PROMPT, SECOND]
+  want = theirs(
+    [image(), image()],
+    prompts,
+    num_frames=9,
+    height=64,
+    width=96,
+    num_inference_steps=6,
+    latents=draws.torch_initial(),
+    output_type="np",
+    max_sequence_length=32,
+  ).frames
+  theirs.vae.disable_tiling()
+  got = ours.sample(
+    prompts,
+    image=image(),
+    num_steps=6,
+    sampler=sampler,
+    output="float",
+    tiling=True,
+    **draws.call,
+  )
+  compare_frames("I2V 5b-i2v, two prompts, tiles", got, want)
+
+
+def test_even_latents_of_a_video_without_guidance(checkpoint, monkeypatch):
+  """CogVideoX 1.5 takes 4 latents of 13 frames and returns 16 frames."""
+  _, text_to_video, ours = checkpoint("1.5-5b")
+  sampler = use_scheduler(text_to_video, "1.5-5b", "DPM")
+  theirs = diffusers.CogVideoXVideoToVideoPipeline(**text_to_video.components)
+  theirs.set_progress_bar_config(disable=True)
+  draws = Draws((1, 4, 8, 12, 4), monkeypatch)
+  draws.inject(theirs)
+  frames = [image().crop((i, i, 100 + i, 60 + i)) for i in range(13)]
+  call = {"strength": 0.7, "height": 64, "width": 96, "guidance_scale": 1.0}
+  want = theirs(
+    video=frames,
+    prompt=PROMPT,
+    num_inference_steps=9,
+    output_type="np",
+    max_sequence_length=32,
+    **call,
+  ).frames
+  got = ours.sample(
+    PROMPT,
+    video=frames,
+    num_steps=9,
+    sampler=sampler,
+    output="float",
+    **call,
+    **draws.call,
+  )
+  assert got.shape[1] == 16
+  compare_frames("V2V 1.5-5b, 4 latents, no guidance", got, want)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +300,7 @@ def test_video_to_video(variant, scheduler, dynamic, checkpoint, monkeypatch):
 def test_bfloat16_is_no_worse_than_theirs(variant, checkpoint, monkeypatch):
   folder, theirs, _ = checkpoint(variant)
   use_scheduler(theirs, variant, "DDIM")
-  draws = Draws((1, 3, 8, 12, 4), 50, monkeypatch)
+  draws = Draws((1, 3, 8, 12, 4), monkeypatch)
   call = {"num_frames": 9, "max_sequence_length": 32, "output_type": "np"}
   run = lambda pipeline: (
     pipeline(

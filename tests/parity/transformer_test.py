@@ -254,3 +254,15 @@ def test_crop_rounds_half_to_even(grid):
   np.testing.assert_allclose(
     width, np.linspace(left, right * (m - 1) / m, m), rtol=1e-6
   )
+
+
+def test_query_and_key_norms_have_their_own_epsilon(tmp_path):
+  """Queries and keys so small that 1e-6 and 1e-5 differ."""
+  module = tiny_cogvideox.transformer("5b")
+  with torch.no_grad():
+    for block in module.transformer_blocks:
+      for layer in (block.attn1.to_q, block.attn1.to_k):
+        layer.weight.mul_(0.003)
+        layer.bias.mul_(0.003)
+  got, want = both(module, tmp_path, (2, 8, 12), batch=1)
+  compare.check("DiT", "5b, small queries and keys", got, want, TOLERANCE)

@@ -4,7 +4,7 @@ usage: vidgen bench [--config=FILE] [flags]
 
   --config=FILE       a config of `vidgen sample`; any of its fields can be
                       overridden by --config.FIELD=VALUE
-  --checkpoint=NAME   a folder in the published layout, or a hub id
+  --checkpoint=NAME   a folder in either layout, or a hub id
   --runs=N            warm clips, 3 by default; medians are told
   --json=FILE         writes the figures there too
 

@@ -140,6 +140,8 @@ def _check_overrides(
 
 def _entry(name: str, kind: Any, text: str) -> Any:
   """Returns the value of a dict's entry: of `kind`, or as Python reads it."""
+  if kind not in (int, float, str) and text.lower() in ("true", "false"):
+    return text.lower() == "true"
   try:
     return kind(text) if kind in (int, float, str) else ast.literal_eval(text)
   except (ValueError, SyntaxError) as error:

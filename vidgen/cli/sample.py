@@ -11,7 +11,7 @@ what to make
   --seed=N            0 by default; the same seed gives the same video
 
 with what, and where to
-  --checkpoint=NAME   a folder in the published layout, or a hub id;
+  --checkpoint=NAME   a folder in either layout, or a hub id;
                       THUDM/CogVideoX-2b by default
   --out=DIR           samples by default; DIR/clips.jsonl lists the videos
   --config=FILE       a Python file whose get_config() returns all of this;
@@ -21,7 +21,7 @@ any field of the config, --config.FIELD=VALUE
   size     num_frames height width fps videos_per_prompt
   sampler  num_steps guidance_scale sampler negative_prompt strength
   model    revision dtype lora lora_scale options.NAME
-  memory   mesh.AXIS residency tiling slicing
+  memory   mesh.AXIS residency tiling
   files    formats (some of mp4,gif,png,npz)
   as above prompt prompts image video seed checkpoint out
 

@@ -95,13 +95,17 @@ class Conditioner(NamedTuple):
     stage: What the stage is called.
     component: The component whose parameters it needs.
     needs: The inputs it reads; without them it does not run.
-    apply: `(params, inputs, key) -> {name: array}`, of one clip (b = 1).
+    draws: Whether it draws noise, and so needs a key.
+    tiles: Whether it can work in tiles; then it must not run under jit.
+    apply: `(params, inputs, key, *, tiling) -> {name: array}`, of one clip.
   """
 
   stage: str
   component: str
   needs: tuple[str, ...]
-  apply: Callable[[PyTree, dict[str, Array], Array], dict[str, Array]]
+  draws: bool
+  tiles: bool
+  apply: Callable[..., dict[str, Array]]
 
 
 @runtime_checkable
@@ -113,11 +117,13 @@ class Model(Protocol):
   Attributes:
     components: The networks.
     fps: Frames a second.
+    latent_channels: Channels of the latents.
     conditioners: The stages of conditioning, in order.
   """
 
   components: tuple[Component, ...]
   fps: int
+  latent_channels: int
   conditioners: tuple[Conditioner, ...]
 
   def plan(self, request: Request) -> Plan:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vidgen import sharding
+
 # Rows of queries whose scores are held at once by the blocked implementation.
 _BLOCK = 2048
 
@@ -39,7 +41,9 @@ def attention(
     scale = 1 / math.sqrt(q.shape[-1])
   if implementation is None:
     fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
-    implementation = "cudnn" if fused and bias is None else "blocked"
+    # cuDNN's kernel refuses a sequence that is split over devices.
+    fused = fused and bias is None and not sharding.split("tokens")
+    implementation = "cudnn" if fused else "blocked"
   match implementation:
     case "plain":
       return _plain(q, k, v, bias, scale)

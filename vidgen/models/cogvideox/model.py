@@ -74,10 +74,28 @@ class CogVideoX:
     return self.config.fps
 
   @property
+  def latent_channels(self) -> int:
+    return self.config.vae.latent_channels
+
+  @property
   def conditioners(self) -> tuple[base.Conditioner, ...]:
     return (
-      base.Conditioner("text", "text_encoder", ("ids",), self._text),
-      base.Conditioner("image", "vae", ("image",), self._image),
+      base.Conditioner(
+        "text",
+        "text_encoder",
+        needs=("ids",),
+        draws=False,
+        tiles=False,
+        apply=self._text,
+      ),
+      base.Conditioner(
+        "image",
+        "vae",
+        needs=("image",),
+        draws=True,
+        tiles=True,
+        apply=self._image,
+      ),
     )
 
   def plan(self, request: base.Request) -> base.Plan:
@@ -106,25 +124,15 @@ class CogVideoX:
         one["image_latent_scale"] = np.float32(scale)
     return inputs
 
-  def condition(
-    self, params: PyTree, inputs: dict[str, Array], key: Array | None
-  ) -> dict[str, Array]:
-    """Returns all the conditioners' embeddings together."""
-    out = {}
-    for stage in self.conditioners:
-      if all(name in inputs for name in stage.needs):
-        out |= stage.apply(params[stage.component], inputs, key)
-    return out
-
-  def _text(self, params, inputs, key):
-    del key
+  def _text(self, params, inputs, key, *, tiling):
+    del key, tiling
     encoder = t5.T5Encoder(self.config.text_encoder, dtype=self.dtype)
     return {"text": encoder.apply({"params": params}, inputs["ids"])}
 
-  def _image(self, params, inputs, key):
+  def _image(self, params, inputs, key, *, tiling):
     """The image's latents, to stand in frame 0 of the transformer's input."""
     config = self.config.vae
-    latents = self._posterior(params, inputs["image"], key)
+    latents = self._posterior(params, inputs["image"], key, tiling)
     scale = inputs.get("image_latent_scale")
     if scale is None:
       # diffusers divides for 1.5, where training forgot to multiply.

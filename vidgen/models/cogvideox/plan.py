@@ -39,7 +39,9 @@ def plan(config: Config, request: Request) -> Plan:
   options = _options(config, request)
   _check_inputs(config, request)
   height, width = _size(config, request)
-  frames = request.num_frames or config.transformer.sample_frames
+  frames = request.num_frames
+  if frames is None:
+    frames = config.transformer.sample_frames
   _check_frames(config, request, frames)
   latents, padding = _latents(config, frames, height, width)
 
@@ -48,12 +50,16 @@ def plan(config: Config, request: Request) -> Plan:
   scale = _GUIDANCE_SCALE if scale is None else float(scale)
   if not math.isfinite(scale):
     raise errors.InputError(f"guidance_scale: {scale} is not a number to use.")
+  if scale <= 1 and options["dynamic_guidance"]:
+    raise errors.InputError(
+      "dynamic_guidance: has no effect at a guidance_scale of at most 1."
+    )
   guidance = None
   if scale > 1:
     guidance = np.full(len(schedule), scale)
     if options["dynamic_guidance"]:
       guidance = dynamic_guidance(scale, schedule)
-  sampler = request.sampler or config.sampler
+  sampler = config.sampler if request.sampler is None else request.sampler
   if sampler not in samplers.SAMPLERS:
     raise errors.InputError(
       f"sampler: {sampler!r} is unknown; known are "
@@ -93,11 +99,15 @@ def _options(config: Config, request: Request) -> dict[str, Any]:
         f"{', '.join(_OPTIONS)}."
       )
     kind = _OPTIONS[name][0]
-    if kind is float and type(value) is int:
-      value = float(value)
+    if kind is not bool and isinstance(value, np.number | int | float):
+      exact = kind is float or value == int(value)
+      value = kind(value) if exact and not isinstance(value, bool) else value
     if type(value) is not kind and value is not None:
       raise errors.InputError(f"{name}: {value!r} is not a {kind.__name__}.")
     options[name] = value
+  scale = options["image_latent_scale"]
+  if scale is not None and not math.isfinite(scale):
+    raise errors.InputError(f"image_latent_scale: {scale} is no number to use.")
   dit = config.transformer
   length = options["max_text_length"]
   if length is None:
@@ -121,18 +131,19 @@ def _takes_image(config: Config) -> bool:
 
 
 def _check_inputs(config: Config, request: Request) -> None:
-  if _takes_image(config) and not request.image:
+  takes_image = _takes_image(config)
+  if request.strength is not None and takes_image:
+    raise errors.InputError(
+      "video: this checkpoint takes no video; use a text-to-video checkpoint."
+    )
+  if takes_image and not request.image:
     raise errors.InputError(
       "image: this checkpoint makes a video from an image; give one, or use a "
       "text-to-video checkpoint."
     )
-  if request.image and not _takes_image(config):
+  if request.image and not takes_image:
     raise errors.InputError(
       "image: this checkpoint takes no image; use an I2V checkpoint."
-    )
-  if request.strength is not None and _takes_image(config):
-    raise errors.InputError(
-      "video: this checkpoint takes no video; use a text-to-video checkpoint."
     )
 
 
@@ -174,17 +185,26 @@ def _check_frames(config: Config, request: Request, frames: int) -> None:
   most = dit.sample_frames
   if dit.patch_size_t is not None:
     most = 2 * (dit.sample_frames - 1) + 1
+  name, cut = "num_frames", ""
+  if request.strength is not None:
+    name, cut = "video", "; set num_frames to cut it"
   if frames < 1 or frames > most:
     raise errors.InputError(
-      f"num_frames: {frames}; this checkpoint makes 1 to {most} frames."
+      f"{name}: {frames} frames; this checkpoint makes 1 to {most}{cut}."
     )
-  # An even number of latents decodes to more frames than were asked for.
-  multiple = ratio if request.strength is not None else 2 * ratio
+  # An even number of latents decodes to more frames than were asked for. For
+  # videos upstream's 1.5 takes no others, so there they are let through.
+  multiple = 2 * ratio
+  if request.strength is not None and dit.patch_size_t is not None:
+    multiple = ratio
   if frames % multiple != 1:
-    near = max(1, round((frames - 1) / multiple) * multiple + 1)
+    near = (frames - 1 + multiple // 2) // multiple * multiple + 1
     near = near if near <= most else near - multiple
+    if cut:
+      near = (frames - 1) // multiple * multiple + 1
     raise errors.InputError(
-      f"num_frames: {frames} is not {multiple}k + 1; the nearest is {near}."
+      f"{name}: {frames} frames are not {multiple}k + 1; the nearest is "
+      f"{near}{cut}."
     )
 
 

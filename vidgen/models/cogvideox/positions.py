@@ -4,7 +4,9 @@ Yang et al., https://arxiv.org/abs/2408.06072, section 2.2; the grids follow
 diffusers' pipeline_cogvideox.py and embeddings.py.
 """
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from vidgen.nn import embeddings
 
@@ -13,8 +15,8 @@ Grid = tuple[int, int, int]
 
 def sincos_table(
   grid: Grid, dim: int, spatial_scale: float, temporal_scale: float
-) -> np.ndarray:
-  """Returns the absolute table `[f·h·w, dim]` of CogVideoX-2b, float32.
+) -> Float[Array, "n dim"]:
+  """Returns the absolute table of CogVideoX-2b, a row a token, float32.
 
   A quarter of the channels tells the time, then three eighths the *width*, then
   three eighths the height.
@@ -33,8 +35,13 @@ def sincos_table(
   time = sincos(axis(f, temporal_scale), time_dim)
   width = sincos(axis(w, spatial_scale), space_dim // 2)
   height = sincos(axis(h, spatial_scale), space_dim // 2)
-  spread = lambda x, index: np.broadcast_to(x[index], (f, h, w, x.shape[-1]))
-  table = np.concatenate(
+
+  def spread(x, index):
+    # Only the small tables of one axis are constants of the program.
+    x = jnp.asarray(x, jnp.float32)[index]
+    return jnp.broadcast_to(x, (f, h, w, x.shape[-1]))
+
+  table = jnp.concatenate(
     [
       spread(time, np.s_[:, None, None]),
       spread(width, np.s_[None, None, :]),
@@ -42,7 +49,7 @@ def sincos_table(
     ],
     axis=-1,
   )
-  return table.reshape(f * h * w, dim).astype(np.float32)
+  return table.reshape(f * h * w, dim)
 
 
 def rotary_positions(

@@ -163,7 +163,7 @@ class FeedForward(nn.Module):
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     y = layers.dense(self.hidden, ("embed", "mlp"), name="in", **dtypes)(x)
     y = constrain(y, "batch", "tokens", "activation_mlp")
-    y = nn.gelu(y, approximate=True)
+    y = nn.gelu(y.astype(jnp.float32), approximate=True).astype(self.dtype)
     return layers.dense(x.shape[-1], ("mlp", "embed"), name="out", **dtypes)(y)
 
 
@@ -332,7 +332,7 @@ class Transformer(nn.Module):
       config.spatial_interpolation_scale,
       config.temporal_interpolation_scale,
     )
-    return x.at[:, length:].add(jnp.asarray(table, x.dtype))
+    return x.at[:, length:].add(table.astype(x.dtype))
 
   def _rotation(self, grid, length):
     """Cosines and sines of every token; the text is not rotated."""
