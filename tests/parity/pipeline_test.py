@@ -3,6 +3,7 @@
 import functools
 
 import diffusers
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -61,7 +62,7 @@ class Draws:
 
     def step_noise(*args, **kwargs):
       keys = self._keys(samplers.STEP)
-      noise = samplers.step_noise(keys, count["step"], self._shape)
+      noise = samplers.step_noise(keys, jnp.asarray(count["step"]), self._shape)
       return torch.from_numpy(np.array(noise)).permute(0, 1, 4, 2, 3)
 
     def posterior(shape, **kwargs):

@@ -132,7 +132,8 @@ class CogVideoX:
   def _image(self, params, inputs, key, *, tiling):
     """The image's latents, to stand in frame 0 of the transformer's input."""
     config = self.config.vae
-    latents = self._posterior(params, inputs["image"], key, tiling)
+    image = jnp.asarray(inputs["image"])
+    latents = self._posterior(params, image, key, tiling)
     scale = inputs.get("image_latent_scale")
     if scale is None:
       # diffusers divides for 1.5, where training forgot to multiply.
