@@ -123,7 +123,7 @@ class Pipeline:
       video: A video to make anew in part: a path or an array `F H W 3`, or
         several; one serves all.
       strength: How much of `video` is made anew, in (0, 1].
-      num_frames: Frames.
+      num_frames: Frames, 8k + 1 for the published models.
       height: Pixels.
       width: Pixels.
       num_steps: Denoising steps.

@@ -173,11 +173,6 @@ def shardings(boxed: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
   return jax.tree.map(one, boxed, is_leaf=is_box)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding that puts a full copy on each device of `mesh`."""
-  return NamedSharding(mesh, PartitionSpec())
-
-
 def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
   """Returns the sharding that splits the leading axis over the data axis."""
   axes = "data" if batch % mesh.shape["data"] == 0 else None
