@@ -15,8 +15,10 @@ setuptools.setup(
   entry_points={"console_scripts": ["vidgen = vidgen.cli.main:main"]},
   install_requires=[
     "absl-py>=2.5,<3",
+    "array_record>=0.8.6,<0.9",
     "av>=18.1,<19",
     "flax>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
     "huggingface_hub>=2.4,<3",
     "jax>=0.10.2,<0.11",
     "jaxtyping>=0.3.11,<0.4",
@@ -30,6 +32,9 @@ setuptools.setup(
     "protobuf>=7.36,<8",
     "sentencepiece>=0.2.3,<0.3",
     "rich>=15.0,<16",
+    "scipy>=1.15,<2",
+    "tensorboardX>=2.6.5,<3",
+    "tensorflow-datasets>=4.9.10,<5",
     "transformers>=5.23,<6",
   ],
   extras_require={

@@ -14,15 +14,20 @@ ROOT = pathlib.Path(vidgen.__file__).parent
 # From the bottom to the top: a module imports from lower layers or its own.
 LAYERS = (
   {"errors", "version"},
-  {"sharding"},
-  {"nn"},
+  {"sharding", "optimizers"},
+  {"nn", "train_step"},
   {"diffusion", "samplers", "tensorheader", "tensorfile", "placement"},
   {"weights", "lora", "manifest", "orbaxfile"},
   {"encoders"},
   {"models"},
-  {"video", "checkpoint", "clips"},
+  {"video", "checkpoint", "clips", "adapters", "publish"},
+  {"workdir", "statefile", "runs", "preemption", "progress"},
+  {"meters", "goodput", "board"},
+  {"data"},
+  {"metrics"},
   {"arguments", "pipeline", "loading"},
-  {"prompts", "progress", "sample", "bench"},
+  {"tasks"},
+  {"prompts", "sample", "bench", "prepare", "train", "encode"},
   {"cli"},
 )
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

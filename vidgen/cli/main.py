@@ -17,6 +17,8 @@ from vidgen import errors, version
 # What each command is for; imported only when called, so that help is quick.
 COMMANDS = {
   "sample": ("vidgen.cli.sample", "make videos from prompts"),
+  "prepare": ("vidgen.cli.prepare", "make a dataset for training"),
+  "train": ("vidgen.cli.train", "train a model"),
   "convert": ("vidgen.cli.convert", "change a checkpoint's layout"),
   "bench": ("vidgen.cli.bench", "time vidgen on this machine"),
 }
