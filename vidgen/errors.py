@@ -22,7 +22,19 @@ class CorruptError(VidgenError, ValueError):
   exit_code = 3
 
 
+class DivergedError(VidgenError, ArithmeticError):
+  """Training whose loss is no number any more: exit code 4."""
+
+  exit_code = 4
+
+
 class StorageError(VidgenError, OSError):
   """Input or output that failed, a full disk for one: exit code 74."""
 
   exit_code = 74
+
+
+class PreemptedError(VidgenError):
+  """Told to stop, and saved; run it again to go on: exit code 75."""
+
+  exit_code = 75

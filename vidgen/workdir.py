@@ -1,0 +1,115 @@
+"""Whose a run's folder is: its config, and a lock while a run is at work."""
+
+import errno
+import fcntl
+import fnmatch
+import json
+import os
+import pathlib
+import socket
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from vidgen import errors, tensorfile, tensorheader
+
+CONFIG = "config.json"
+_LOCK = ".lock"
+
+
+class Lock:
+  """A lock on a folder; the system opens it however this process ends."""
+
+  def __init__(self, workdir: pathlib.Path, warn: Callable[[str], None]):
+    """Takes the lock.
+
+    Raises:
+      InputError: Another run has it.
+    """
+    path = workdir / _LOCK
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    self.release = weakref.finalize(self, os.close, descriptor)
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      owner = os.read(descriptor, 200).decode("utf-8", "replace").strip()
+      self.release()
+      raise errors.InputError(
+        f"{workdir}: another run is at work in it ({ascii(owner)[1:-1]}); end "
+        "that one, or choose another --workdir."
+      ) from e
+    except OSError as e:
+      if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise
+      warn(f"WARNING: {path}: this file system has no locks; start one run.")
+    # A child that is forked would hold the lock after its parent's death.
+    release = self.release
+    os.register_at_fork(after_in_child=lambda: release())
+    os.truncate(descriptor, 0)
+    owner = f"process {os.getpid()} on {socket.gethostname()}\n"
+    os.write(descriptor, owner.encode())
+
+
+def identify(
+  path: pathlib.Path, config: Mapping[str, Any], free: tuple[str, ...]
+) -> None:
+  """Writes the config, after a check that it is the one that is there."""
+  try:
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+  except ValueError as e:
+    raise errors.InputError(f"config: {e}; give finite numbers.") from e
+  if path.exists():
+    there = dict(_fields(tensorheader.read_json(path)))
+    here = dict(_fields(json.loads(text)))
+    names = sorted(
+      name
+      for name in there.keys() | here.keys()
+      if there.get(name) != here.get(name)
+      and not any(fnmatch.fnmatchcase(name, pattern) for pattern in free)
+    )
+    if names:
+      items = [
+        f"{name} ({there.get(name, 'absent')} there, "
+        f"{here.get(name, 'absent')} here)"
+        for name in names
+      ]
+      raise errors.InputError(
+        f"{path}: is of a run with another config: "
+        f"{tensorheader.listed(items, 8)}; choose another --workdir."
+      )
+    if there == here:
+      return
+  write_text(path, text)
+
+
+def _fields(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+  """Yields the fields of a config with their JSON, "stages.0.num_steps"."""
+  if isinstance(value, dict | list) and (value or not name):
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in pairs:
+      yield from _fields(item, f"{name}.{key}" if name else str(key))
+  else:
+    text = json.dumps(value, sort_keys=True)
+    yield name, text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a small file: the old text is there, or all of the new.
+
+  Raises:
+    StorageError: It could not be written; the old one is as it was.
+  """
+  temporary = path.with_name(f".{path.name}.tmp")
+  try:
+    try:
+      temporary.write_text(text, encoding="utf-8")
+      tensorfile.sync(temporary)
+      temporary.replace(path)
+      tensorfile.sync(path.parent)
+    finally:
+      temporary.unlink(missing_ok=True)
+  except OSError as e:
+    raise errors.StorageError(
+      f"{path}: cannot be written: {e.strerror}; free some space, or choose "
+      "another --workdir."
+    ) from e
