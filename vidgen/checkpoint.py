@@ -6,11 +6,14 @@ folder with each component's weights in `orbax/`, and `MANIFEST.json` at the
 top: the SHA-256 and the size of every file, as Orbax checks none of its data.
 """
 
+import contextlib
 import errno
 import os
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -202,33 +205,55 @@ def convert(
   """
   if layout not in LAYOUTS:
     raise errors.InputError(f"layout: {layout!r} is not one of {LAYOUTS}.")
-  target = pathlib.Path(target).expanduser().absolute()
-  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-    raise errors.InputError(f"{target}: exists; name a new or empty folder.")
+  target = new_folder(target)
   folder = resolve(source)
   family = base.find_family(folder)
   components = family.components(family.read_config(folder))
   parts = _parts(folder, components)
-  draft = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-  try:
-    draft.mkdir(parents=True)
+  with drafted(target) as draft:
     for part in ["", *parts]:
-      _copy_small(folder, part, draft)
+      copy_small(folder, part, draft)
     for component in components:
       params = load_component(folder, component)
       home = draft / component.name
       if layout == "orbax":
         orbaxfile.save(home / ORBAX, params)
       else:
+        config = tensorheader.read_json(folder / component.name / "config.json")
         tensorfile.write(
           home,
-          _stem(folder / component.name),
+          stem(config),
           weights.published_shapes(params, component.table),
           weights.export(params, component.table),
         )
       del params
     if layout == "orbax":
       manifest.write(draft)
+
+
+def new_folder(target: str | os.PathLike) -> pathlib.Path:
+  """Returns the full path of a folder to be written.
+
+  Raises:
+    InputError: It holds something.
+  """
+  target = pathlib.Path(target).expanduser().absolute()
+  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    raise errors.InputError(f"{target}: exists; name a new or empty folder.")
+  return target
+
+
+@contextlib.contextmanager
+def drafted(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a folder to fill; as `target` it appears whole, or not at all.
+
+  Raises:
+    StorageError: The disk is full, or writing fails otherwise.
+  """
+  draft = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+  try:
+    draft.mkdir(parents=True)
+    yield draft
     for path in [draft, *draft.rglob("*")]:
       tensorfile.sync(path)
     draft.rename(target)
@@ -266,7 +291,7 @@ def _parts(
   return parts
 
 
-def _copy_small(folder: pathlib.Path, part: str, draft: pathlib.Path) -> None:
+def copy_small(folder: pathlib.Path, part: str, draft: pathlib.Path) -> None:
   """Copies the files of a folder that are no weights: configs, a tokenizer.
 
   What a link points to is copied if it belongs to the checkpoint: it is below
@@ -292,9 +317,12 @@ def _copy_small(folder: pathlib.Path, part: str, draft: pathlib.Path) -> None:
     (draft / part / path.name).write_bytes(data)
 
 
-def _stem(home: pathlib.Path) -> str:
-  """Returns what the library that reads a component calls its weights."""
-  config = tensorheader.read_json(home / "config.json")
+def stem(config: Mapping[str, Any]) -> str:
+  """Returns what the library that reads a component calls its weights.
+
+  Args:
+    config: The component's config.json.
+  """
   return tensorfile.STEMS[0 if "_class_name" in config else 1]
 
 

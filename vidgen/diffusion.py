@@ -16,6 +16,8 @@ ArrayLike = jax.Array | np.ndarray | np.floating
 class NoiseLevel(NamedTuple):
   """How much of a sample is signal, and how much is noise.
 
+  Each is a number, or, in training, an array with one for each sample.
+
   Attributes:
     alpha: Factor of the clean sample.
     sigma: Standard deviation of the noise.
@@ -70,6 +72,12 @@ def zero_terminal_snr(
   return ((alpha - last) * first / (first - last)) ** 2
 
 
+def trained(alpha2: Float[np.ndarray, " levels"]) -> NoiseLevel:
+  """Returns all the trained levels, clean ones first, in float64."""
+  timestep = np.arange(len(alpha2), dtype=np.float64)
+  return NoiseLevel(np.sqrt(alpha2), np.sqrt(1 - alpha2), timestep)
+
+
 def trailing(alpha2: Float[np.ndarray, " levels"], num_steps: int) -> Schedule:
   """Returns `num_steps` evenly spaced levels that start at the last one.
 
@@ -99,7 +107,20 @@ def x0_from_v(
 
   Salimans and Ho, https://arxiv.org/abs/2202.00512, appendix D.
   """
-  return level.alpha * x - level.sigma * v
+  return _each(level.alpha, x) * x - _each(level.sigma, x) * v
+
+
+def v_from_x0_noise(
+  x0: Float[Array, "*shape"],
+  noise: Float[Array, "*shape"],
+  level: NoiseLevel,
+) -> Float[Array, "*shape"]:
+  """v = alpha · noise - sigma · x0, where alpha² + sigma² = 1.
+
+  Salimans and Ho, https://arxiv.org/abs/2202.00512, appendix D. The plain mean
+  of squared errors of v is the "SNR + 1" weighting of section 4 there.
+  """
+  return _each(level.alpha, x0) * noise - _each(level.sigma, x0) * x0
 
 
 def add_noise(
@@ -108,4 +129,11 @@ def add_noise(
   level: NoiseLevel,
 ) -> Float[Array, "*shape"]:
   """x = alpha · x0 + sigma · noise."""
-  return level.alpha * x0 + level.sigma * noise
+  return _each(level.alpha, x0) * x0 + _each(level.sigma, x0) * noise
+
+
+def _each(factor, x):
+  """Returns a factor of each sample with the rank of `x`; a number as it is."""
+  if np.ndim(factor) == 0:
+    return factor
+  return factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from vidgen import errors, tensorfile, tensorheader
 
-_DOWN, _UP, _ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
-_METADATA = "lora_adapter_metadata"
+DOWN, UP, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
+METADATA = "lora_adapter_metadata"
 # Starting points that leave the base weights as they were published.
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -42,12 +42,12 @@ def read(files: tensorfile.TensorFiles, prefix: str) -> list[Update]:
     InputError: It has none, or is of another kind: DoRA, biases.
     CorruptError: Half of a pair is missing, or alpha or rank make no sense.
   """
-  ends = (_DOWN, _UP, _ALPHA)
+  ends = (DOWN, UP, ALPHA)
   names = [name for name in files if name.startswith(prefix)]
   other = [name for name in names or files if not name.endswith(ends)]
   if other or not names:
     raise errors.InputError(
-      f"{files.where}: a LoRA file has {prefix}*{_DOWN}, *{_UP} and *{_ALPHA}"
+      f"{files.where}: a LoRA file has {prefix}*{DOWN}, *{UP} and *{ALPHA}"
       f", this one has: {tensorheader.listed(sorted(other or files))}."
     )
   modules = {end: set() for end in ends}
@@ -61,7 +61,7 @@ def read(files: tensorfile.TensorFiles, prefix: str) -> list[Update]:
       f"{files.where}: missing: {tensorheader.listed(sorted(missing))}."
     )
   config = _config(files, prefix)
-  if config and modules[_ALPHA]:
+  if config and modules[ALPHA]:
     raise errors.InputError(
       f"{files.where}: alpha stands in its metadata and in its tensors; "
       "remove one."
@@ -83,10 +83,10 @@ def read(files: tensorfile.TensorFiles, prefix: str) -> list[Update]:
 
 def _config(files: tensorfile.TensorFiles, prefix: str) -> dict[str, Any]:
   """Returns peft's config from the metadata of the file, or nothing."""
-  if _METADATA not in files.metadata:
+  if METADATA not in files.metadata:
     return {}
-  where = f"{files.where}: {_METADATA}"
-  config = tensorheader.parse_json(files.metadata[_METADATA].encode(), where)
+  where = f"{files.where}: {METADATA}"
+  config = tensorheader.parse_json(files.metadata[METADATA].encode(), where)
   config = {
     key.removeprefix(prefix): value
     for key, value in config.items()
@@ -109,7 +109,7 @@ def _factor(
   files: tensorfile.TensorFiles, config: dict[str, Any], name: str, rank: int
 ) -> float:
   """Returns alpha / r, or alpha / sqrt(r) where the rank is stabilised."""
-  where = f"{files.where}: {_METADATA}"
+  where = f"{files.where}: {METADATA}"
   wanted = _pick(config, "rank_pattern", name, config["r"], where)
   if wanted != rank:
     raise errors.CorruptError(

@@ -88,6 +88,11 @@ class Pipeline:
     """Frames a second of the model's videos."""
     return self.model.fps
 
+  def replace(self, params: dict[str, PyTree]) -> None:
+    """Takes other parameters; what has been compiled stays."""
+    self.params = params
+    self._unconditional.clear()
+
   def sample(
     self,
     prompt: str | Sequence[str],

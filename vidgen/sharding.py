@@ -177,3 +177,20 @@ def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
   """Returns the sharding that splits the leading axis over the data axis."""
   axes = "data" if batch % mesh.shape["data"] == 0 else None
   return NamedSharding(mesh, PartitionSpec(axes))
+
+
+def training_batch(mesh: Mesh, batch: int) -> NamedSharding:
+  """Returns the sharding of a training batch: over all of the batch's axes.
+
+  Raises:
+    InputError: The batch does not divide; padding would weigh samples twice.
+  """
+  names = dict(RULES)["batch"]
+  shards = int(np.prod([mesh.shape[name] for name in names]))
+  if batch % shards:
+    raise errors.InputError(
+      f"batch_size: {batch} does not divide over the mesh's {shards} parts "
+      f"({', '.join(f'{n}={mesh.shape[n]}' for n in names)}); the nearest is "
+      f"{max(1, round(batch / shards)) * shards}."
+    )
+  return NamedSharding(mesh, PartitionSpec(names))

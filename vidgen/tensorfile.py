@@ -219,6 +219,7 @@ def write(
   tensors: Iterable[tuple[str, np.ndarray]],
   *,
   max_shard_bytes: int = MAX_SHARD_BYTES,
+  metadata: Mapping[str, str] | None = None,
 ) -> list[pathlib.Path]:
   """Writes the weights of one component in the published layout.
 
@@ -231,6 +232,7 @@ def write(
     shapes: Every tensor's shape and dtype; their order is that of the shards.
     tensors: The same tensors, in any order; one is held at a time.
     max_shard_bytes: Bytes of data in a shard; a larger tensor gets its own.
+    metadata: Goes into the header of each file.
 
   Returns:
     The files.
@@ -254,7 +256,9 @@ def write(
     finals.append(folder / f"{stem}.safetensors.index.json")
   drafts = [f.with_name(f".{f.name}.tmp-{os.getpid()}") for f in finals]
   try:
-    _write_shards(drafts[: len(shards)], shards, shapes, tensors)
+    _write_shards(
+      drafts[: len(shards)], shards, shapes, tensors, dict(metadata or {})
+    )
     if len(shards) > 1:
       drafts[-1].write_text(_index(names, shards, shapes), encoding="utf-8")
       sync(drafts[-1])
@@ -301,13 +305,14 @@ def _write_shards(
   shards: list[list[str]],
   shapes: Mapping[str, jax.ShapeDtypeStruct],
   tensors: Iterable[tuple[str, np.ndarray]],
+  metadata: dict[str, str],
 ) -> None:
   """Writes each tensor at its place in its shard, then waits for the disk."""
   with contextlib.ExitStack() as stack:
     places = {}
     for path, names in zip(paths, shards, strict=True):
       f = stack.enter_context(path.open("xb", buffering=0))
-      header, offsets, size = _header(names, shapes)
+      header, offsets, size = _header(names, shapes, metadata)
       # A disk that is too small is found now, not after an hour.
       os.posix_fallocate(f.fileno(), 0, size)
       _write_at(f.fileno(), memoryview(header), 0)
@@ -328,11 +333,13 @@ def _write_shards(
 
 
 def _header(
-  names: list[str], shapes: Mapping[str, jax.ShapeDtypeStruct]
+  names: list[str],
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  metadata: dict[str, str],
 ) -> tuple[bytes, dict[str, int], int]:
   """Returns a shard's first bytes, its tensors' offsets and its size."""
   codes = {dtype: code for code, dtype in tensorheader.DTYPES.items()}
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
   offsets, end = {}, 0
   # Wide dtypes first, as the library has it: then every tensor is aligned.
   for name in sorted(names, key=lambda n: -shapes[n].dtype.itemsize):

@@ -148,19 +148,36 @@ def load(
   return unflatten(params, shapes)
 
 
+def published_targets(shapes: PyTree, table: Table) -> dict[str, Target]:
+  """Returns the target of each published tensor, by its main name."""
+  return {
+    names[0]: target
+    for path, leaf in flatten(shapes).items()
+    for names, target, _ in _published(table, path, leaf.shape)
+  }
+
+
 def published_shapes(
-  params: PyTree, table: Table
+  params: PyTree, table: Table, dtype: DTypeLike | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shape and dtype of each tensor that `export` gives."""
   return {
-    names[0]: jax.ShapeDtypeStruct(shape, leaf.dtype)
+    names[0]: jax.ShapeDtypeStruct(shape, _cast_to(leaf.dtype, dtype))
     for path, leaf in flatten(params).items()
     for names, _, shape in _published(table, path, leaf.shape)
   }
 
 
-def export(params: PyTree, table: Table) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields the published tensors of `params`, one at a time, on the host."""
+def export(
+  params: PyTree, table: Table, dtype: DTypeLike | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields the published tensors of `params`, one at a time, on the host.
+
+  Args:
+    params: The parameters.
+    table: The rules.
+    dtype: Of the floating-point tensors; None keeps that of the parameters.
+  """
   for path, leaf in flatten(params).items():
     for names, (_, layer, axes), _ in _published(table, path, leaf.shape):
       array = leaf
@@ -170,6 +187,8 @@ def export(params: PyTree, table: Table) -> Iterator[tuple[str, np.ndarray]]:
       array = np.asarray(array)
       if axes is not None:
         array = array.transpose(np.argsort(axes))
+      with np.errstate(over="ignore"):
+        array = array.astype(_cast_to(array.dtype, dtype), copy=False)
       yield names[0], np.ascontiguousarray(array)
 
 
@@ -286,6 +305,13 @@ def _pattern(template: str) -> re.Pattern[str]:
   return re.compile(pattern)
 
 
+def _cast_to(source: np.dtype, dtype: DTypeLike | None) -> np.dtype:
+  """Returns the dtype of what is cast to `dtype` if it is a float."""
+  if dtype is not None and jnp.issubdtype(source, jnp.floating):
+    return np.dtype(dtype)
+  return np.dtype(source)
+
+
 def _dtypes(
   files: tensorfile.TensorFiles,
   targets: Mapping[str, Target],
@@ -296,9 +322,7 @@ def _dtypes(
   """Returns the dtype of each parameter; that of a stack holds every layer."""
   dtypes = {}
   for name, target in targets.items():
-    kind = files[name].dtype
-    if dtype is not None and jnp.issubdtype(kind, jnp.floating):
-      kind = np.dtype(dtype)
+    kind = _cast_to(files[name].dtype, dtype)
     if on_device:
       kind = np.dtype(jax.dtypes.canonicalize_dtype(kind))
     known = dtypes.get(target.path, kind)
@@ -319,7 +343,7 @@ def _arranged(
     array = tensorfile.empty(source.shape, dtype)
     with np.errstate(over="ignore"):
       np.copyto(array, source, casting="unsafe")
-  if not _is_finite(array):
+  if not is_finite(array):
     raise _not_finite(files, name, dtype)
   return array
 
@@ -391,7 +415,7 @@ def _add(
   return jax.block_until_ready(add(param, down, up, layer, np.float32(factor)))
 
 
-def _is_finite(array: np.ndarray) -> bool:
+def is_finite(array: np.ndarray) -> bool:
   """Whether all is finite; in pieces, as the answers take memory too."""
   if not jnp.issubdtype(array.dtype, jnp.floating):
     return True

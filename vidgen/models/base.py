@@ -23,11 +23,18 @@ class Component(NamedTuple):
     name: Its folder in the published layout, for example "transformer".
     init: Makes its parameters from a key, boxed with logical axes.
     table: How the published tensors become its parameters.
+    takes_lora: Whether the model reads a LoRA for it, under `lora_name`.
   """
 
   name: str
   init: Callable[[Key[Array, ""]], PyTree]
   table: weights.Table
+  takes_lora: bool = False
+
+  @property
+  def lora_name(self) -> str:
+    """Where a LoRA of this network stands in the tree of parameters."""
+    return f"{self.name}_lora"
 
   def shapes(self) -> PyTree:
     """Returns the boxed shapes of its parameters, without making them."""
@@ -112,19 +119,22 @@ class Conditioner(NamedTuple):
 class Model(Protocol):
   """A family's model: pure functions of one tree of parameters.
 
-  The tree is `{component name: parameters}`.
+  The tree is `{component name: parameters}`, where a component's `lora_name`
+  may hold a LoRA for it (see `vidgen.adapters`).
 
   Attributes:
     components: The networks.
     fps: Frames a second.
     latent_channels: Channels of the latents.
     conditioners: The stages of conditioning, in order.
+    takes_image: Whether a video is made from its first frame.
   """
 
   components: tuple[Component, ...]
   fps: int
   latent_channels: int
   conditioners: tuple[Conditioner, ...]
+  takes_image: bool
 
   def plan(self, request: Request) -> Plan:
     """Returns what the request comes to. Raises InputError if it can't be."""
@@ -175,6 +185,57 @@ class Model(Protocol):
     condition: dict[str, Array],
   ) -> Array:
     """Returns the predicted x0 in float32."""
+
+  def levels(self) -> diffusion.NoiseLevel:
+    """Returns the levels that a network of the family is trained at.
+
+    Float64 arrays of numpy, the clean end first.
+    """
+
+  def predict(
+    self,
+    params: PyTree,
+    x: Array,
+    level: diffusion.NoiseLevel,
+    condition: dict[str, Array],
+  ) -> Array:
+    """Returns what the network gives, in float32; training compares it.
+
+    The level may be one of each sample: arrays along the batch.
+    """
+
+  def target(
+    self, x0: Array, noise: Array, level: diffusion.NoiseLevel
+  ) -> Array:
+    """Returns what `predict` ought to give at alpha · x0 + sigma · noise."""
+
+  def pad_latents(self, latents: Array) -> Array:
+    """Returns latents of as many frames as the network can take."""
+
+  def image_condition(
+    self,
+    params: PyTree,
+    image: Array,
+    key: Key[Array, " b"] | None,
+    *,
+    scale: Any = None,
+    tiling: bool = False,
+  ) -> Array:
+    """Returns an image's latents as `condition["image"]` has them.
+
+    Args:
+      params: The tree.
+      image: `b 1 H W 3` in [-1, 1].
+      key: One of each sample: the posterior is sampled; None takes its mean.
+      scale: Factor of the latents; None is that of the published pipeline.
+      tiling: As of `encode`.
+    """
+
+  def flops(self, num_frames: int, height: int, width: int) -> float:
+    """Returns the operations of one prediction for a video of this size."""
+
+  def published_configs(self) -> dict[str, dict[str, Any]]:
+    """Returns the JSON files of the published layout, by path."""
 
 
 def shapes(component: Component) -> PyTree:

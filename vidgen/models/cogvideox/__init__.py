@@ -5,6 +5,7 @@ import pathlib
 from jax.typing import DTypeLike
 
 from vidgen.encoders import tokenizer
+from vidgen.models.cogvideox.autoencoder import Autoencoder
 from vidgen.models.cogvideox.config import (
   Config,
   config_1_5_5b,
@@ -12,6 +13,8 @@ from vidgen.models.cogvideox.config import (
   config_2b,
   config_5b,
   config_5b_i2v,
+  config_demo,
+  published_configs,
   read_config,
 )
 from vidgen.models.cogvideox.model import CogVideoX, components
@@ -26,12 +29,30 @@ PIPELINES = (
 
 def open_model(folder: pathlib.Path, dtype: DTypeLike) -> CogVideoX:
   """Returns the model of a checkpoint; its parameters are loaded apart."""
-  config = read_config(folder)
-  return CogVideoX(config, dtype, tokenizer.load(folder / "tokenizer"))
+  return create(read_config(folder), dtype, folder / "tokenizer")
+
+
+def create(
+  config: Config,
+  dtype: DTypeLike,
+  tokenizer_folder: pathlib.Path,
+  *,
+  remat: str = "none",
+) -> CogVideoX:
+  """Returns a model of any config, to be trained from its first step on."""
+  return CogVideoX(config, dtype, tokenizer.load(tokenizer_folder), remat)
+
+
+def create_autoencoder(
+  config: Config, dtype: DTypeLike, init_past_taps: str = "random"
+) -> Autoencoder:
+  """Returns the autoencoder of a config, as its training takes it."""
+  return Autoencoder(config.vae, dtype, init_past_taps)
 
 
 __all__ = [
   "PIPELINES",
+  "Autoencoder",
   "CogVideoX",
   "Config",
   "components",
@@ -40,6 +61,10 @@ __all__ = [
   "config_2b",
   "config_5b",
   "config_5b_i2v",
+  "config_demo",
+  "create",
+  "create_autoencoder",
   "open_model",
+  "published_configs",
   "read_config",
 ]

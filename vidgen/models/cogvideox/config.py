@@ -4,7 +4,10 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from vidgen import errors, tensorheader
+import numpy as np
+from jaxtyping import Float
+
+from vidgen import diffusion, errors, tensorheader
 from vidgen.encoders import t5
 from vidgen.models.cogvideox import transformer, vae
 
@@ -17,6 +20,15 @@ class SchedulerConfig:
   beta_start: float = 0.00085
   beta_end: float = 0.012
   snr_shift_scale: float = 3.0
+
+  def alpha2(self) -> Float[np.ndarray, " levels"]:
+    """Returns alpha² of the trained levels."""
+    return diffusion.zero_terminal_snr(
+      levels=self.num_train_timesteps,
+      beta_start=self.beta_start,
+      beta_end=self.beta_end,
+      snr_shift=self.snr_shift_scale,
+    )
 
 
 @dataclasses.dataclass
@@ -38,6 +50,11 @@ class Config:
   scheduler: SchedulerConfig
   sampler: str = "ddim"
   fps: int = 8
+
+  @property
+  def takes_image(self) -> bool:
+    """Whether the transformer reads an image next to the latents."""
+    return self.transformer.in_channels == 2 * self.vae.latent_channels
 
 
 _5B = {
@@ -95,6 +112,47 @@ def config_1_5_5b_i2v() -> Config:
   fields = {**_1_5, "in_channels": 32, "ofs_embed_dim": 512}
   vae_fields = {"scaling_factor": 0.7, "invert_scale_latents": True}
   return _variant(fields, vae_fields, 1.0, fps=16)
+
+
+def config_demo(vocab_size: int, **fields: Any) -> Config:
+  """A small text-to-video model of 17 frames of 64x64, to be trained here.
+
+  Args:
+    vocab_size: Of the tokenizer.
+    **fields: Of the transformer, in place of the demo's.
+  """
+  dit = {
+    "num_layers": 6,
+    "num_attention_heads": 3,
+    "attention_head_dim": 64,
+    "time_embed_dim": 128,
+    "text_embed_dim": 128,
+    "sample_height": 8,
+    "sample_width": 8,
+    "sample_frames": 17,
+    "max_text_seq_length": 32,
+    "use_rotary_positional_embeddings": True,
+  }
+  return Config(
+    transformer=transformer.TransformerConfig(**{**dit, **fields}),
+    vae=vae.VaeConfig(
+      block_out_channels=(16, 16, 32, 64),
+      layers_per_block=1,
+      norm_num_groups=4,
+      sample_height=64,
+      sample_width=64,
+      scaling_factor=1.0,
+    ),
+    text_encoder=t5.T5Config(
+      d_model=128,
+      d_kv=32,
+      num_heads=4,
+      d_ff=256,
+      num_layers=2,
+      vocab_size=vocab_size,
+    ),
+    scheduler=SchedulerConfig(snr_shift_scale=1.0),
+  )
 
 
 # What the networks fix; a checkpoint that says otherwise is not read.
@@ -203,3 +261,87 @@ def _check_fixed(path, published: dict[str, Any], fixed: dict[str, Any]):
         f"{path}: {key}={published[key]!r} is not supported; every published "
         f"model has {value!r}."
       )
+
+
+# The first diffusers that reads all five variants.
+_VERSION = {"_diffusers_version": "0.32.0"}
+_VAE_FIXED = {
+  "act_fn": "silu",
+  "force_upcast": True,
+  "latents_mean": None,
+  "latents_std": None,
+  "shift_factor": None,
+  "use_quant_conv": False,
+  "use_post_quant_conv": False,
+}
+# What T5 v1.1's own config has besides sizes.
+_T5_FIXED = {
+  "architectures": ["T5EncoderModel"],
+  "model_type": "t5",
+  "feed_forward_proj": "gated-gelu",
+  "is_encoder_decoder": True,
+  "tie_word_embeddings": False,
+  "dropout_rate": 0.1,
+  "initializer_factor": 1.0,
+  "decoder_start_token_id": 0,
+  "pad_token_id": 0,
+  "eos_token_id": 1,
+  "use_cache": True,
+}
+_T5_RENAMED = {
+  "num_buckets": "relative_attention_num_buckets",
+  "max_distance": "relative_attention_max_distance",
+  "eps": "layer_norm_epsilon",
+}
+
+
+def published_configs(config: Config) -> dict[str, dict[str, Any]]:
+  """Returns the JSON files that `read_config` and diffusers read, by path."""
+  pipeline = "ImageToVideoPipeline" if config.takes_image else "Pipeline"
+  scheduler = {name: kind for kind, name in _SAMPLERS.items()}[config.sampler]
+  kinds = {
+    "scheduler": ("diffusers", scheduler),
+    "text_encoder": ("transformers", "T5EncoderModel"),
+    "tokenizer": ("transformers", "T5Tokenizer"),
+    "transformer": ("diffusers", "CogVideoXTransformer3DModel"),
+    "vae": ("diffusers", "AutoencoderKLCogVideoX"),
+  }
+  blocks = len(config.vae.block_out_channels)
+  head = lambda name: {"_class_name": kinds[name][1], **_VERSION}
+  return {
+    "model_index.json": {
+      "_class_name": f"CogVideoX{pipeline}",
+      **_VERSION,
+      **{name: list(kind) for name, kind in kinds.items()},
+    },
+    "scheduler/scheduler_config.json": {
+      **head("scheduler"),
+      **dataclasses.asdict(config.scheduler),
+      **_SCHEDULER_FIXED,
+      "clip_sample": False,
+      "clip_sample_range": 1.0,
+      "sample_max_value": 1.0,
+      "steps_offset": 0,
+    },
+    "text_encoder/config.json": {
+      _T5_RENAMED.get(key, key): value
+      for key, value in dataclasses.asdict(config.text_encoder).items()
+    }
+    | {"num_decoder_layers": config.text_encoder.num_layers}
+    | _T5_FIXED,
+    "transformer/config.json": {
+      **head("transformer"),
+      **dataclasses.asdict(config.transformer),
+      **_TRANSFORMER_FIXED,
+      # As published for 1.5, whose projection has a bias all the same.
+      "patch_bias": config.transformer.patch_size_t is None,
+    },
+    "vae/config.json": {
+      **head("vae"),
+      **dataclasses.asdict(config.vae),
+      **_VAE_FIXED,
+      "block_out_channels": list(config.vae.block_out_channels),
+      "down_block_types": ["CogVideoXDownBlock3D"] * blocks,
+      "up_block_types": ["CogVideoXUpBlock3D"] * blocks,
+    },
+  }

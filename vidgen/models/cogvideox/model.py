@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,8 @@ from vidgen.models.cogvideox import (
   vae,
   vae_weights,
 )
-from vidgen.models.cogvideox.config import Config
+from vidgen.models.cogvideox.config import Config, published_configs
+from vidgen.nn import layers
 
 
 def components(config: Config) -> tuple[base.Component, ...]:
@@ -37,6 +39,7 @@ def components(config: Config) -> tuple[base.Component, ...]:
       "transformer",
       functools.partial(transformer.init, config.transformer),
       transformer_weights.table(temporal_patches),
+      takes_lora=True,
     ),
     base.Component(
       "vae",
@@ -59,15 +62,24 @@ class CogVideoX:
     config: The architecture.
     dtype: What the networks compute in.
     tokenizer: The checkpoint's own.
+    remat: What of the transformer is kept for the backward pass; see
+      `transformer.Transformer`.
   """
 
   config: Config
   dtype: DTypeLike
   tokenizer: tokenizer.Tokenizer
+  remat: str = "none"
+
+  def __post_init__(self):
+    transformer.check_remat(self.remat)
 
   @functools.cached_property
   def components(self) -> tuple[base.Component, ...]:
     return components(self.config)
+
+  def published_configs(self) -> dict[str, dict[str, Any]]:
+    return published_configs(self.config)
 
   @property
   def fps(self) -> int:
@@ -76,6 +88,23 @@ class CogVideoX:
   @property
   def latent_channels(self) -> int:
     return self.config.vae.latent_channels
+
+  @property
+  def takes_image(self) -> bool:
+    return self.config.takes_image
+
+  def flops(self, num_frames: int, height: int, width: int) -> float:
+    """Two for each multiplication of a matrix; norms and sums are left out."""
+    config = self.config.transformer
+    scale = self.config.vae.spatial_compression_ratio * config.patch_size
+    latents = (num_frames - 1) // config.temporal_compression_ratio + 1
+    frames = -(-latents // (config.patch_size_t or 1))
+    video = frames * (height // scale) * (width // scale)
+    tokens = config.max_text_seq_length + video
+    # Four projections, two attention products, and four times wide twice.
+    dense = 12 * tokens * config.dim**2
+    block = dense + 2 * tokens**2 * config.dim
+    return 2.0 * config.num_layers * block
 
   @property
   def conditioners(self) -> tuple[base.Conditioner, ...]:
@@ -130,16 +159,43 @@ class CogVideoX:
     return {"text": encoder.apply({"params": params}, inputs["ids"])}
 
   def _image(self, params, inputs, key, *, tiling):
+    latents = self.image_condition(
+      {"vae": params},
+      jnp.asarray(inputs["image"]),
+      key,
+      scale=inputs.get("image_latent_scale"),
+      tiling=tiling,
+    )
+    return {"image": latents}
+
+  def image_condition(
+    self,
+    params: PyTree,
+    image: Float[Array, "b 1 H W 3"],
+    key: Key[Array, " b"] | None,
+    *,
+    scale: float | Float[Array, ""] | np.floating | None = None,
+    tiling: bool = False,
+  ) -> Float[Array, "b 1 h w c"]:
     """The image's latents, to stand in frame 0 of the transformer's input."""
     config = self.config.vae
-    image = jnp.asarray(inputs["image"])
-    latents = self._posterior(params, image, key, tiling)
-    scale = inputs.get("image_latent_scale")
+    latents = self._posterior(params["vae"], image, key, tiling)
     if scale is None:
       # diffusers divides for 1.5, where training forgot to multiply.
       scale = config.scaling_factor
       scale = 1 / scale if config.invert_scale_latents else scale
-    return {"image": latents * scale}
+    return latents * scale
+
+  def pad_latents(
+    self, latents: Float[Array, "b f h w c"]
+  ) -> Float[Array, "b f_padded h w c"]:
+    """Copies the first latent to the front where 1.5's patches need it.
+
+    CogVideo's finetune/models/cogvideox_t2v/lora_trainer.py; sampling drops
+    the copy again.
+    """
+    missing = -latents.shape[1] % (self.config.transformer.patch_size_t or 1)
+    return jnp.concatenate([latents[:, :1]] * missing + [latents], axis=1)
 
   def _posterior(self, params, video, key, tiling=False, slicing=False):
     """The posterior's mean, or a sample where there are keys; not scaled."""
@@ -198,14 +254,38 @@ class CogVideoX:
     level: diffusion.NoiseLevel,
     condition: dict[str, Array],
   ) -> Float[Array, "b f h w c"]:
-    module = transformer.Transformer(self.config.transformer, dtype=self.dtype)
+    v = self.predict(params, x, level, condition)
+    return diffusion.x0_from_v(x, v, level)
+
+  def levels(self) -> diffusion.NoiseLevel:
+    return diffusion.trained(self.config.scheduler.alpha2())
+
+  def target(
+    self,
+    x0: Float[Array, "b f h w c"],
+    noise: Float[Array, "b f h w c"],
+    level: diffusion.NoiseLevel,
+  ) -> Float[Array, "b f h w c"]:
+    return diffusion.v_from_x0_noise(x0, noise, level)
+
+  def predict(
+    self,
+    params: PyTree,
+    x: Float[Array, "b f h w c"],
+    level: diffusion.NoiseLevel,
+    condition: dict[str, Array],
+  ) -> Float[Array, "b f h w c"]:
+    """v, in float32."""
+    module = transformer.Transformer(
+      self.config.transformer, dtype=self.dtype, remat=self.remat
+    )
     inputs = x
     if "image" in condition:
       image = condition["image"].astype(x.dtype)
       rest = [(0, 0), (0, x.shape[1] - image.shape[1]), *[(0, 0)] * 3]
       inputs = jnp.concatenate([x, jnp.pad(image, rest)], axis=-1)
     timestep = jnp.broadcast_to(level.timestep, x.shape[:1])
-    v = module.apply(
-      {"params": params["transformer"]}, inputs, condition["text"], timestep
-    )
-    return diffusion.x0_from_v(x, v, level)
+    variables = {"params": params["transformer"]}
+    if "transformer_lora" in params:
+      variables[layers.LORA] = params["transformer_lora"]
+    return module.apply(variables, inputs, condition["text"], timestep)

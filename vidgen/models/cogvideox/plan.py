@@ -119,29 +119,24 @@ def _options(config: Config, request: Request) -> dict[str, Any]:
       f"max_text_length: {length}; this checkpoint reads "
       f"{dit.max_text_seq_length} tokens."
     )
-  if options["image_latent_scale"] is not None and not _takes_image(config):
+  if options["image_latent_scale"] is not None and not config.takes_image:
     raise errors.InputError(
       "image_latent_scale: this checkpoint takes no image."
     )
   return options
 
 
-def _takes_image(config: Config) -> bool:
-  return config.transformer.in_channels == 2 * config.vae.latent_channels
-
-
 def _check_inputs(config: Config, request: Request) -> None:
-  takes_image = _takes_image(config)
-  if request.strength is not None and takes_image:
+  if request.strength is not None and config.takes_image:
     raise errors.InputError(
       "video: this checkpoint takes no video; use a text-to-video checkpoint."
     )
-  if takes_image and not request.image:
+  if config.takes_image and not request.image:
     raise errors.InputError(
       "image: this checkpoint makes a video from an image; give one, or use a "
       "text-to-video checkpoint."
     )
-  if request.image and not takes_image:
+  if request.image and not config.takes_image:
     raise errors.InputError(
       "image: this checkpoint takes no image; use an I2V checkpoint."
     )
@@ -225,13 +220,7 @@ def _schedule(config: Config, request: Request) -> diffusion.Schedule:
     raise errors.InputError(
       f"num_steps: {steps}; it must be 1 to {trained.num_train_timesteps}."
     )
-  alpha2 = diffusion.zero_terminal_snr(
-    levels=trained.num_train_timesteps,
-    beta_start=trained.beta_start,
-    beta_end=trained.beta_end,
-    snr_shift=trained.snr_shift_scale,
-  )
-  schedule = diffusion.trailing(alpha2, steps)
+  schedule = diffusion.trailing(trained.alpha2(), steps)
   if request.strength is None:
     return schedule
   if not 0 < request.strength <= 1:

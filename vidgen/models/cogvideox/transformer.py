@@ -8,18 +8,39 @@ so that the sequence is never split.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from vidgen import errors
 from vidgen.models.cogvideox import positions
 from vidgen.nn import attention, embeddings, layers, norm, rope
 from vidgen.sharding import constrain
 
 # What the offset embedding of CogVideoX1.5-5B-I2V is asked for, always.
 _OFS = 2.0
+
+# What the backward pass keeps of a block's forward pass, next to its input; the
+# rest is computed again. None keeps all. Attention scores are never kept by
+# "dots": it is the outputs of dense layers that are dear to compute again.
+_policies = jax.checkpoint_policies
+_REMAT: dict[str, Callable | None] = {
+  "none": None,
+  "full": _policies.nothing_saveable,
+  "dots": _policies.save_only_these_names(layers.SAVED),
+}
+
+
+def check_remat(name: str) -> None:
+  """Raises InputError unless `name` is a way to save memory in training."""
+  if name not in _REMAT:
+    raise errors.InputError(
+      f"remat: {name!r} is unknown; known are {', '.join(_REMAT)}."
+    )
 
 
 @dataclasses.dataclass
@@ -243,18 +264,28 @@ class PatchEmbed(nn.Module):
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
     bias = self.param("bias", zeros, (self.features,), self.param_dtype)
     kernel = kernel.reshape(-1, self.features).astype(self.dtype)
-    return x @ kernel + bias.astype(self.dtype)
+    y = x @ kernel + bias.astype(self.dtype)
+    update = layers.low_rank(self, x, self.dtype)
+    return y if update is None else y + update
 
 
 class Transformer(nn.Module):
   """Predicts v from noisy latents, text and timestep.
 
   Raises on a call whose size the checkpoint's positions cannot serve.
+
+  Attributes:
+    config: The architecture.
+    dtype: What is computed in.
+    param_dtype: What parameters are made in.
+    remat: What is kept for the backward pass: "none" keeps all, "full" the
+      input of each block, "dots" what its dense layers give, too.
   """
 
   config: TransformerConfig
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
+  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -282,8 +313,8 @@ class Transformer(nn.Module):
 
     is_text = (jnp.arange(x.shape[1]) < length).astype(jnp.float32)
     blocks = nn.scan(
-      Block,
-      variable_axes={"params": 0},
+      self._block(),
+      variable_axes={"params": 0, layers.LORA: 0},
       split_rngs={"params": True},
       in_axes=nn.broadcast,
       length=config.num_layers,
@@ -297,6 +328,15 @@ class Transformer(nn.Module):
     )
     x, _ = blocks(x, temb, is_text, self._rotation(grid, length))
     return self._head(x[:, length:], temb, grid)
+
+  def _block(self) -> type[nn.Module]:
+    """The block, under the policy of `remat`; its parameters stay the same."""
+    check_remat(self.remat)
+    policy = _REMAT[self.remat]
+    if policy is None:
+      return Block
+    # Within a scan, nothing can be merged with what is computed again.
+    return nn.remat(Block, prevent_cse=False, policy=policy)
 
   def _embed_time(self, timestep):
     """The time embedding, with the constant offset's added; float32."""

@@ -1,0 +1,39 @@
+r"""A LoRA of rank 128 for CogVideoX-5b, from a folder of videos.
+
+vidgen prepare --dataset=video_folder --source=my_videos --data_dir=data
+vidgen train --config=configs/cogvideox_5b_lora_train.py --workdir=runs/5b_lora
+"""
+
+from vidgen import adapters, optimizers, train
+from vidgen.data import buckets, loader
+from vidgen.tasks import diffusion, sources
+
+
+def get_config() -> train.TrainConfig:
+  """Returns the run."""
+  return train.TrainConfig(
+    task=diffusion.DiffusionTaskConfig(
+      source=sources.Source(checkpoint="THUDM/CogVideoX-5b"),
+      lora=adapters.LoraConfig(rank=128, alpha=64.0),
+      dtype="bfloat16",
+      remat="full",
+      samples=diffusion.SampleSettings(prompts=("A panda plays the guitar.",)),
+    ),
+    stages=(
+      train.Stage(
+        num_steps=1000,
+        data=loader.DataConfig(
+          dataset="video_folder",
+          data_dir="data",
+          fps=8.0,
+          buckets=(buckets.Bucket(49, 480, 720, 4),),
+        ),
+        rate=optimizers.Rate(2e-4, warmup_steps=100, schedule="constant"),
+      ),
+    ),
+    optimizers={"transformer_lora": optimizers.OptimizerConfig()},
+    accumulate=4,
+    ema_decay=0.99,
+    checkpoint_every=250,
+    sample_every=250,
+  )

@@ -1,0 +1,66 @@
+r"""CogVideoX-5b from random weights, in the paper's stages of size.
+
+vidgen prepare --dataset=video_folder --source=my_videos --data_dir=data
+vidgen train --config=configs/cogvideox_5b_train.py --workdir=runs/5b
+"""
+
+from vidgen import optimizers, train
+from vidgen.data import buckets, loader
+from vidgen.tasks import diffusion, sources
+
+_MESH = {"data": 8, "fsdp": 32}
+_ACCUMULATE = 1
+# What a batch is a multiple of.
+_PARTS = 256 * _ACCUMULATE
+
+# Frames and how often: the longest clips, short ones, images.
+_LENGTHS = ((49, 2.0), (17, 1.0), (1, 1.0))
+
+
+def _data(height: int, width: int, batch_size: int) -> loader.DataConfig:
+  """Every bucket has the tokens of `batch_size` clips of 49 frames."""
+  tokens = 13 * (height // 16) * (width // 16)
+  return loader.DataConfig(
+    dataset="video_folder",
+    data_dir="data",
+    fps=8.0,
+    buckets=tuple(
+      buckets.Bucket(frames, height, width, 0, weight)
+      for frames, weight in _LENGTHS
+    ),
+    token_budget=batch_size * tokens,
+    batch_multiple=_PARTS,
+    threads=16,
+    prefetch=1,
+  )
+
+
+def get_config() -> train.TrainConfig:
+  """Returns the run."""
+  rate = optimizers.Rate
+  return train.TrainConfig(
+    task=diffusion.DiffusionTaskConfig(
+      # The autoencoder and T5 are the published ones, and stay as they are.
+      source=sources.Source(
+        checkpoint="THUDM/CogVideoX-5b", scratch=("transformer",)
+      ),
+      dtype="bfloat16",
+      remat="full",
+      samples=diffusion.SampleSettings(
+        prompts=("A panda plays the guitar.", "Waves roll onto a beach.")
+      ),
+    ),
+    stages=(
+      train.Stage(
+        400_000,
+        _data(256, 384, 2048),
+        rate(1e-4, warmup_steps=2000, final=0.5),
+      ),
+      train.Stage(220_000, _data(480, 720, 1024), rate(5e-5, final=0.5)),
+      train.Stage(120_000, _data(768, 1360, 256), rate(2.5e-5)),
+    ),
+    optimizers={"transformer": optimizers.OptimizerConfig()},
+    accumulate=_ACCUMULATE,
+    mesh=_MESH,
+    sample_every=5000,
+  )

@@ -1,0 +1,89 @@
+r"""The small model itself, T5 and expert DiT, from moving shapes alone.
+
+vidgen train --config=configs/demo_vae_train.py --workdir=runs/demo_vae
+vidgen train --config=configs/demo_dit_train.py --workdir=runs/demo_dit
+
+Hardware: 2 CPU cores, 4 GB.
+Cost: see README.md, "The small model".
+Expect: the figures of README.md, which `python tests/bench/demo_report.py
+--checkpoint=runs/demo_dit/published` prints.
+Stages: motion binds to its words on black backgrounds first, where the shape is
+always the brighter thing; noise levels are mostly high, where the text decides.
+Then all backgrounds, then all motions, then two shapes and all levels alike.
+"""
+
+from typing import Any
+
+from vidgen import optimizers, train
+from vidgen.data import buckets, loader, moving_shapes
+from vidgen.encoders import word_tokenizer
+from vidgen.models import cogvideox
+from vidgen.tasks import diffusion, noising, sources
+
+_HIGH = ((0, 600, 0.15), (600, 1000, 0.85))
+_FIRST = ("right", "left", "up", "down", "still")
+
+
+def _data(**where: Any) -> loader.DataConfig:
+  return loader.DataConfig(
+    dataset="moving_shapes",
+    data_dir="data",
+    buckets=(buckets.Bucket(17, 64, 64, 16),),
+    where=where,
+  )
+
+
+def get_config() -> train.TrainConfig:
+  """Returns the run."""
+  words = tuple(moving_shapes.words())
+  rate = optimizers.Rate
+  return train.TrainConfig(
+    task=diffusion.DiffusionTaskConfig(
+      source=sources.Source(
+        model=cogvideox.config_demo(word_tokenizer.vocab_size(words)),
+        parts={"vae": "runs/demo_vae/published"},
+        scratch=("transformer", "text_encoder"),
+        words=words,
+      ),
+      noising=noising.NoisingConfig(timesteps=_HIGH),
+      train_text_encoder=True,
+      dtype="float32",
+      samples=diffusion.SampleSettings(
+        prompts=(
+          "A red circle moves to the right.",
+          "A small blue star moves down on a white background.",
+          "A green square stays still.",
+          "The yellow triangle spins on a grey background.",
+        ),
+        num_steps=25,
+      ),
+    ),
+    stages=(
+      train.Stage(
+        600,
+        _data(background="black", motions=_FIRST, things=1),
+        rate(1.5e-3, warmup_steps=50, schedule="constant"),
+      ),
+      train.Stage(
+        800,
+        _data(motions=_FIRST, things=1),
+        rate(1.5e-3, schedule="constant"),
+      ),
+      train.Stage(4000, _data(), rate(1.5e-3, schedule="constant")),
+      train.Stage(
+        4000,
+        _data(),
+        rate(1.5e-3, schedule="linear", final=0.02),
+        options={"timesteps": ((0, 1000, 1.0),)},
+      ),
+    ),
+    optimizers={
+      name: optimizers.OptimizerConfig(
+        options={"b1": 0.9, "b2": 0.98, "weight_decay": 0.01}
+      )
+      for name in ("transformer", "text_encoder")
+    },
+    ema_decay=0.997,
+    checkpoint_every=200,
+    sample_every=500,
+  )

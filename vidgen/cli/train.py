@@ -1,0 +1,52 @@
+"""Trains a model.
+
+usage: vidgen train --config=FILE --workdir=DIR [flags]
+
+  --config=FILE       a Python file whose get_config() returns the run; see
+                      configs/*_train.py
+  --workdir=DIR       the run's folder: its config, checkpoints, metrics,
+                      samples, and at the end DIR/published
+
+any field of the config, --config.FIELD=VALUE
+  seed num_steps accumulate ema_decay mesh.AXIS checkpoint_every keep
+  sample_every log_every spike_sigmas max_skipped task.FIELD ...
+
+The same command goes on where the last one ended. It ends with exit code 0 when
+done, 75 when it was asked to stop (SIGTERM) and saved, and 4 when training
+diverged.
+
+example
+  vidgen train --config=configs/demo_vae_train.py --workdir=runs/demo_vae
+"""
+
+from absl import flags
+
+from vidgen import errors
+from vidgen.cli import cache, parse
+
+
+def define(values: flags.FlagValues, argv: list[str]) -> None:
+  """Defines the flags of this command."""
+  # Imported here: --help needs none of it.
+  from vidgen import train
+
+  if not any(a.lstrip("-").split("=")[0] == "config" for a in argv[1:]):
+    raise errors.InputError(
+      "--config is missing; name a config of a training run, for example "
+      "--config=configs/demo_vae_train.py."
+    )
+  parse.define_config(values, argv, train.TrainConfig, "")
+  flags.DEFINE_string("workdir", None, "", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+  """Trains, and says where the result is."""
+  from vidgen import train
+
+  if not values["workdir"].value:
+    raise errors.InputError(
+      "--workdir is missing; name the run's folder, --workdir=runs/NAME."
+    )
+  cache.enable()
+  published = train.run(values["config"].value, values["workdir"].value)
+  print(f"Trained; the result is in {published}.")

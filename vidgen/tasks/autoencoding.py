@@ -1,0 +1,144 @@
+"""The autoencoder task as a run has it: config, samples, what is published."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from vidgen import checkpoint, errors, publish, sharding
+from vidgen.data import buckets, loader
+from vidgen.tasks import autoencoder, sources
+from vidgen.tasks.base import Sample
+
+VAE = "vae"
+_FPS = 8.0
+
+
+@dataclasses.dataclass
+class AutoencoderTaskConfig:
+  """What an autoencoder run trains.
+
+  Attributes:
+    model: A family's config.
+    checkpoint: A folder in either layout, or a hub id, to start from; None
+      starts from random weights.
+    init_past_taps: "zeros" starts the causal kernels with weights for the
+      present frame only, so that single frames train a sound video model.
+    loss: What the loss consists of.
+    dtype: What the networks compute in; weights in training are float32.
+    samples: Clips that are reconstructed now and then: the first batch of a
+      config; None makes no samples.
+    lpips_folder: Where the weights of LPIPS are kept; None is the cache.
+  """
+
+  model: Any
+  checkpoint: str | None = None
+  init_past_taps: str = "random"
+  loss: autoencoder.AutoencoderLossConfig = dataclasses.field(
+    default_factory=autoencoder.AutoencoderLossConfig
+  )
+  dtype: str = "float32"
+  samples: loader.DataConfig | None = None
+  lpips_folder: str | None = None
+
+  def build(self, mesh: Mesh) -> "AutoencoderRun":
+    """Returns the task, everything checked that needs no weights."""
+    sources.check_dtype(self.dtype)
+    if self.checkpoint is not None and self.init_past_taps != "random":
+      raise errors.InputError(
+        "config: init_past_taps has no effect on a checkpoint; drop one."
+      )
+    autoencoder.check(self.loss)
+    return AutoencoderRun(self, mesh)
+
+
+class AutoencoderRun(autoencoder.AutoencoderTask):
+  """See `tasks.base.Task`."""
+
+  def __init__(self, config: AutoencoderTaskConfig, mesh: Mesh):
+    family = sources.family_of(config.model)
+    dtype = jnp.dtype(config.dtype)
+    model = family.create_autoencoder(
+      config.model, dtype, config.init_past_taps
+    )
+    super().__init__(model, config.loss, config.lpips_folder)
+    self._run, self._mesh = config, mesh
+    self._configs = family.published_configs(config.model)
+    (self._component,) = (
+      part for part in family.components(config.model) if part.name == VAE
+    )
+    self._fixed: loader.Batch | None = None
+    self._reconstruct = jax.jit(self.reconstruct)
+
+  def with_options(self, options: dict[str, Any]) -> "AutoencoderRun":
+    """Returns the task with other fields of the loss."""
+    if not options:
+      return self
+    fixed = {"adversarial", "discriminator_features", "discriminator_layers"}
+    fields = {f.name for f in dataclasses.fields(self.config)} - fixed
+    if unknown := options.keys() - fields:
+      raise errors.InputError(
+        f"config: a stage's options {', '.join(sorted(unknown))} are none of "
+        f"{', '.join(sorted(fields))}."
+      )
+    other = AutoencoderRun.__new__(AutoencoderRun)
+    other.__dict__ |= self.__dict__
+    other.config = dataclasses.replace(self.config, **options)
+    autoencoder.check(other.config)
+    return other
+
+  def start(self, places: dict[str, PyTree]) -> dict[str, PyTree]:
+    """Returns the autoencoder of the checkpoint that the run starts from."""
+    if self._run.checkpoint is None:
+      return {}
+    folder = checkpoint.resolve(self._run.checkpoint)
+    params = checkpoint.load_component(
+      folder, self._component, shardings=places[VAE], dtype=jnp.float32
+    )
+    return {VAE: params}
+
+  def flops(self, bucket: buckets.Bucket) -> float | None:
+    """Returns nothing: convolutions are not counted."""
+    del bucket
+
+  def samples(
+    self, params: dict[str, PyTree], frozen: dict[str, PyTree]
+  ) -> list[Sample]:
+    """Reconstructs the fixed clips, beside what went in."""
+    if self._run.samples is None:
+      return []
+    if self._fixed is None:
+      batches = loader.batches(self._run.samples, seed=0, start=0, stop=1)
+      (self._fixed,) = batches
+    batch = self._fixed
+    with sharding.use(self._mesh):
+      out, metrics = self._reconstruct(params, frozen, batch.video)
+    pairs = autoencoder.side_by_side(batch.video, np.asarray(out))
+    rate = self._run.samples.fps or _FPS
+    return [
+      Sample(
+        name=f"{i:03d}",
+        text=f"{batch.ids[i]}: original | reconstruction",
+        frames=pair,
+        fps=float(rate),
+        metrics={name: float(value[i]) for name, value in metrics.items()},
+      )
+      for i, pair in enumerate(pairs)
+    ]
+
+  def publish(
+    self,
+    folder: pathlib.Path,
+    params: dict[str, PyTree],
+    frozen: dict[str, PyTree],
+  ) -> None:
+    """Writes the autoencoder as diffusers reads it, in float32."""
+    del frozen
+    publish.publish_component(
+      folder, self._component, self._configs, params[VAE]
+    )

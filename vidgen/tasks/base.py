@@ -1,0 +1,90 @@
+"""What the training job knows of a task: what is optimised, and on what."""
+
+import pathlib
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Array, Int, Key, PyTree
+
+from vidgen.data import buckets, loader
+
+
+class Sample(NamedTuple):
+  """A video to look at while a run goes on.
+
+  Attributes:
+    name: What the file is called.
+    text: What it shows.
+    frames: `F H W 3`, bytes.
+    fps: Frames a second.
+    metrics: What was measured on it, by name.
+  """
+
+  name: str
+  text: str
+  frames: np.ndarray
+  fps: float
+  metrics: dict[str, float] = {}
+
+
+@runtime_checkable
+class Task(Protocol):
+  """What is optimised: pure functions of groups of parameters.
+
+  Each group has an optimiser of its own. Batches are dicts of arrays with a
+  leading batch axis; the job adds `index`, a sample's number in the global
+  batch, and `count`, the size of the global batch. A loss is a mean over
+  samples, and what is random of a sample comes from its index alone, so that a
+  batch in parts is the batch.
+
+  Attributes:
+    groups: Their names.
+    averaged: Those of which an average is kept (EMA).
+  """
+
+  groups: tuple[str, ...]
+  averaged: tuple[str, ...]
+
+  def init(self, key: Key[Array, ""]) -> dict[str, PyTree]:
+    """Returns random parameters by group, float32, boxed with logical axes."""
+
+  def start(self, places: dict[str, PyTree]) -> dict[str, PyTree]:
+    """Returns the groups that start from a checkpoint, on their devices."""
+
+  def with_options(self, options: dict[str, Any]) -> "Task":
+    """Returns the task as a stage has it, some of its fields replaced."""
+
+  def frozen(self, mesh: Any) -> dict[str, PyTree]:
+    """Returns the parameters that are read and not trained."""
+
+  def host_batch(self, batch: loader.Batch) -> dict[str, np.ndarray]:
+    """Returns what of a batch goes to the devices."""
+
+  def gradients(
+    self,
+    params: dict[str, PyTree],
+    frozen: dict[str, PyTree],
+    batch: dict[str, Array],
+    key: Key[Array, ""],
+    step: Int[Array, ""],
+  ) -> tuple[dict[str, PyTree], dict[str, Array]]:
+    """Returns each group's gradient of its own loss, and scalars to tell.
+
+    `loss` is among the scalars. `key` is the step's own.
+    """
+
+  def flops(self, bucket: buckets.Bucket) -> float | None:
+    """Returns the floating-point operations of a step, forward and backward."""
+
+  def samples(
+    self, params: dict[str, PyTree], frozen: dict[str, PyTree]
+  ) -> list[Sample]:
+    """Makes the fixed samples of a run."""
+
+  def publish(
+    self,
+    folder: pathlib.Path,
+    params: dict[str, PyTree],
+    frozen: dict[str, PyTree],
+  ) -> None:
+    """Writes what was trained, as other programs read it."""

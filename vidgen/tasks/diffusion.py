@@ -1,0 +1,316 @@
+"""The diffusion task: train a denoiser, whole or by LoRA, from raw videos."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+
+from vidgen import adapters, errors, publish, sharding
+from vidgen.data import buckets, cache, loader
+from vidgen.models import base
+from vidgen.pipeline import Pipeline
+from vidgen.tasks import noising, sources
+from vidgen.tasks.base import Sample
+from vidgen.tasks.noising import NoisingConfig
+
+DENOISER, VAE, TEXT_ENCODER = "transformer", "vae", "text_encoder"
+
+
+@dataclasses.dataclass
+class SampleSettings:
+  """The samples that a run makes now and then, always of the same noise.
+
+  Attributes:
+    prompts: What of; none makes no samples.
+    images: First frames, for image-to-video models, one for each prompt.
+    num_frames: Frames; None is the model's own default, as below.
+    height: Pixels.
+    width: Pixels.
+    num_steps: Denoising steps.
+    guidance_scale: Of classifier-free guidance.
+    seed: Of the noise.
+  """
+
+  prompts: tuple[str, ...] = ()
+  images: tuple[str, ...] = ()
+  num_frames: int | None = None
+  height: int | None = None
+  width: int | None = None
+  num_steps: int | None = None
+  guidance_scale: float | None = None
+  seed: int = 0
+
+
+@dataclasses.dataclass
+class DiffusionTaskConfig:
+  """What a diffusion run trains.
+
+  Attributes:
+    source: The model, and where its weights come from.
+    noising: How samples are noised and conditions left out.
+    train_text_encoder: Whether the text encoder is trained along.
+    lora: Trains low-rank updates of the denoiser alone; None trains all of it.
+    dtype: What the networks compute in; weights in training are float32.
+    remat: What of a block's activations is computed again in the backward
+      pass, by name: "none", "full" or "dots".
+    samples: The samples that a run makes.
+  """
+
+  source: sources.Source
+  noising: NoisingConfig = dataclasses.field(default_factory=NoisingConfig)
+  train_text_encoder: bool = False
+  lora: adapters.LoraConfig | None = None
+  dtype: str = "bfloat16"
+  remat: str = "none"
+  samples: SampleSettings = dataclasses.field(default_factory=SampleSettings)
+
+  def build(self, mesh: Mesh) -> "DiffusionTask":
+    """Returns the task, everything checked that needs no weights."""
+    sources.check_dtype(self.dtype)
+    opened = sources.Opened(self.source)
+    if self.lora is not None and self.train_text_encoder:
+      raise errors.InputError(
+        "config: lora leaves the text encoder alone; drop train_text_encoder."
+      )
+    if self.lora is not None and opened.is_scratch(DENOISER):
+      raise errors.InputError(
+        "config: a LoRA needs a trained model; take it out of scratch."
+      )
+    words = opened.tokenizer_folder()
+    model = opened.model(jnp.dtype(self.dtype), self.remat, words)
+    noising.check(self.noising, len(model.levels().alpha))
+    return DiffusionTask(self, opened, model, words, mesh)
+
+
+class DiffusionTask:
+  """See `tasks.base.Task`."""
+
+  def __init__(
+    self,
+    config: DiffusionTaskConfig,
+    opened: sources.Opened,
+    model: base.Model,
+    words: pathlib.Path,
+    mesh: Mesh,
+  ):
+    self.config, self.model = config, model
+    self._opened, self._words, self._mesh = opened, words, mesh
+    self._takes_image = model.takes_image
+    self._plan = model.plan(base.Request(image=self._takes_image))
+    self._pipeline: Pipeline | None = None
+    self._denoiser = opened.components[DENOISER]
+    lora = self._denoiser.lora_name
+    trained = (DENOISER,) if config.lora is None else (lora,)
+    if config.train_text_encoder:
+      trained += ("text_encoder",)
+    self.groups = self.averaged = trained
+    self._frozen_names = tuple(
+      name for name in opened.components if name not in trained
+    )
+    empty = noising.tokens(model, [""], self._plan)
+    self._loss = noising.Noising(
+      model, config.noising, self._takes_image, empty
+    )
+    # Hashing weights takes seconds; every stage's task shares the answer.
+    self._encoders = functools.cache(self._hash_encoders)
+
+  def with_options(self, options: dict[str, Any]) -> "DiffusionTask":
+    """Returns the task with other fields of `noising`."""
+    if not options:
+      return self
+    fields = {f.name for f in dataclasses.fields(NoisingConfig)}
+    if unknown := options.keys() - fields:
+      raise errors.InputError(
+        f"config: a stage's options {', '.join(sorted(unknown))} are unknown; "
+        f"known are {', '.join(sorted(fields))}."
+      )
+    config = dataclasses.replace(self.config.noising, **options)
+    noising.check(config, len(self.model.levels().alpha))
+    other = DiffusionTask.__new__(DiffusionTask)
+    other.__dict__ |= self.__dict__
+    other._loss = dataclasses.replace(self._loss, config=config)
+    return other
+
+  def init(self, key: Key[Array, ""]) -> dict[str, PyTree]:
+    split = jax.random.split(key, len(self.groups))
+    keys = dict(zip(self.groups, split, strict=True))
+    components = self._opened.components
+    params = {}
+    for name in self.groups:
+      if name == self._denoiser.lora_name:
+        params[name] = adapters.init(
+          self._denoiser, self.config.lora, keys[name]
+        )
+      else:
+        params[name] = components[name].init(keys[name])
+    return params
+
+  def start(self, places: dict[str, PyTree]) -> dict[str, PyTree]:
+    return {
+      name: self._opened.load(name, places[name], jnp.float32)
+      for name in self.groups
+      if name in self._opened.components and not self._opened.is_scratch(name)
+    }
+
+  def frozen(self, mesh: Mesh) -> dict[str, PyTree]:
+    params = self._opened.frozen(self._frozen_names, mesh, self.config.dtype)
+    if "text_encoder" in params:
+      params["empty_text"] = self._empty_text(params)
+    return params
+
+  def _empty_text(self, params: dict[str, PyTree]) -> Array:
+    """The embedding of the empty prompt, which takes a dropped one's place."""
+    with sharding.use(self._mesh):
+      return jax.jit(self.embed)(params, self._loss.empty)
+
+  def frozen_encoders(self, mesh: Mesh) -> dict[str, PyTree]:
+    """Returns the parameters of `posterior` and, unless trained, `embed`."""
+    names = tuple(n for n in (VAE, TEXT_ENCODER) if n in self._frozen_names)
+    return self._opened.frozen(names, mesh, self.config.dtype)
+
+  def posterior(
+    self, params: dict[str, PyTree], video: UInt8[Array, "b F H W 3"]
+  ) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
+    """Returns the mean and the deviation of the scaled latents of videos."""
+    family, config = self._opened.family, self._opened.config
+    dtype = jnp.dtype(self.config.dtype)
+    encode = family.create_autoencoder(config, dtype).encode
+    mean, logvar = encode(params[VAE], noising.to_signed(video))
+    published = self.model.published_configs()[f"{VAE}/config.json"]
+    scale = published["scaling_factor"]
+    return mean * scale, jnp.exp(logvar / 2) * scale
+
+  def embed(
+    self, params: dict[str, PyTree], inputs: dict[str, Array | np.ndarray]
+  ) -> Float[Array, "b l e"]:
+    """Returns the embeddings of captions, given their `tokens`."""
+    for stage in self.model.conditioners:
+      if stage.component == TEXT_ENCODER:
+        apply = functools.partial(stage.apply, params[TEXT_ENCODER])
+        return apply(inputs, None, tiling=False)["text"]
+    raise ValueError("The model has no text encoder.")
+
+  def tokens(self, captions: list[str]) -> dict[str, np.ndarray]:
+    """Returns what `embed` reads of captions."""
+    return noising.tokens(self.model, captions, self._plan)
+
+  def encoders(self) -> cache.Encoders:
+    """Returns what encodes, by hashes; no text encoder if that is trained.
+
+    Raises:
+      InputError: An encoder starts from random weights.
+    """
+    return self._encoders()
+
+  def _hash_encoders(self) -> cache.Encoders:
+    text = None
+    if TEXT_ENCODER in self._frozen_names:
+      files = sorted(path for path in self._words.iterdir() if path.is_file())
+      words = {path.name: cache.digest_file(path) for path in files}
+      empty = {name: x.tolist() for name, x in self._loss.empty.items()}
+      text = self._hash(TEXT_ENCODER, words, empty)
+    return cache.Encoders(
+      self._hash(VAE), text, self.config.dtype, self._takes_image
+    )
+
+  def _hash(self, name: str, *parts: Any) -> str:
+    """A hash of a component: its config, its weights, and what else is."""
+    folder = self._opened._home(name)
+    if folder is None:
+      raise errors.InputError(
+        f"config: {name} starts from random weights, of which a cache is of no "
+        "use; train it first, or take it out of scratch."
+      )
+    config = self.model.published_configs()[f"{name}/config.json"]
+    config = {k: v for k, v in config.items() if not k.startswith("_")}
+    return cache.identity(config, cache.digest(folder, name), *parts)
+
+  def host_batch(self, batch: loader.Batch) -> dict[str, np.ndarray]:
+    reads_text = TEXT_ENCODER in self._frozen_names
+    if batch.made_by is not None:
+      cache.check_encoders(batch.made_by, self.encoders())
+    return noising.host_batch(
+      self.model, batch, self._plan, self._takes_image, reads_text
+    )
+
+  def gradients(
+    self,
+    params: dict[str, PyTree],
+    frozen: dict[str, PyTree],
+    batch: dict[str, Array],
+    key: Key[Array, ""],
+    step: Int[Array, ""],
+  ) -> tuple[dict[str, PyTree], dict[str, Array]]:
+    del step
+
+    def loss(params):
+      return self._loss(self._together(params, frozen), batch, key)
+
+    grads, scalars = jax.grad(loss, has_aux=True)(params)
+    return grads, scalars
+
+  def _together(self, params, frozen):
+    """The model's parameters: what is trained beside what is not."""
+    every = {**frozen, **params}
+    if self.config.lora is None:
+      return every
+    tree = every.pop(self._denoiser.lora_name)
+    return adapters.attach(every, tree, self.config.lora, self._denoiser)
+
+  def flops(self, bucket: buckets.Bucket) -> float | None:
+    """Three times the denoiser's forward pass; the encoders are left out."""
+    size = bucket.num_frames, bucket.height, bucket.width
+    return 3 * bucket.batch_size * self.model.flops(*size)
+
+  def samples(
+    self, params: dict[str, PyTree], frozen: dict[str, PyTree]
+  ) -> list[Sample]:
+    settings = self.config.samples
+    if not settings.prompts:
+      return []
+    pipeline = self._sampler(self._together(params, frozen))
+    options = dataclasses.asdict(settings)
+    prompts = list(options.pop("prompts"))
+    images = list(options.pop("images")) or None
+    videos = pipeline.sample(prompts, image=images, **options)
+    return [
+      Sample(f"{i:03d}", prompt, frames, float(pipeline.fps))
+      for i, (prompt, frames) in enumerate(zip(prompts, videos, strict=True))
+    ]
+
+  def _sampler(self, params: dict[str, PyTree]) -> Pipeline:
+    """A pipeline that keeps what it has compiled from call to call."""
+    dtype = jnp.dtype(self.config.dtype)
+    params = {n: tree for n, tree in params.items() if n != "empty_text"}
+    cast = jax.tree.map(lambda x: x.astype(dtype), params)
+    if self._pipeline is None:
+      self._pipeline = Pipeline(self.model, cast, self._mesh)
+    self._pipeline.replace(cast)
+    return self._pipeline
+
+  def publish(
+    self,
+    folder: pathlib.Path,
+    params: dict[str, PyTree],
+    frozen: dict[str, PyTree],
+  ) -> None:
+    """Writes the model, or the LoRA, as diffusers reads it."""
+    if self.config.lora is not None:
+      tree = params[self._denoiser.lora_name]
+      adapters.export(folder, tree, self.config.lora, self._denoiser)
+      return
+    every = {**frozen, **params}
+    parts = {name: every[name] for name in self._opened.components}
+    publish.publish(
+      folder,
+      self.model,
+      parts,
+      tokenizer=self._words,
+      dtype=jnp.dtype(self.config.dtype),
+    )

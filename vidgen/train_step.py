@@ -1,0 +1,272 @@
+"""The state of a training run, and the one compiled step that moves it on."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from vidgen import optimizers, sharding
+
+# Purposes of the run's seed: `fold_in(fold_in(seed, purpose), step)`.
+INIT, STEP = range(2)
+
+_WINDOW = 128
+
+
+class Guard(NamedTuple):
+  """What a run knows of its past losses, to tell a spike by.
+
+  Attributes:
+    losses: The last accepted ones, in no order; NaN where there is none yet.
+    accepted: How many steps were accepted.
+    skipped: How many were not.
+    streak: How many of the last were not, in a row.
+  """
+
+  losses: Float[Array, " window"]
+  accepted: Int[Array, ""]
+  skipped: Int[Array, ""]
+  streak: Int[Array, ""]
+
+
+class State(NamedTuple):
+  """All that a run is, beside its config and the step that it reached.
+
+  Attributes:
+    step: Steps taken, skipped ones too: the data's position.
+    params: By group, float32.
+    opt: The optimiser's state, by group.
+    ema: The averaged groups.
+    guard: Of losses.
+  """
+
+  step: Int[Array, ""]
+  params: dict[str, PyTree]
+  opt: dict[str, PyTree]
+  ema: dict[str, PyTree]
+  guard: Guard
+
+
+Optimizers = Mapping[str, optax.GradientTransformation]
+
+
+def key_of(seed: int, purpose: int) -> Key[Array, ""]:
+  """Returns the run's key for one purpose."""
+  return jax.random.fold_in(jax.random.key(seed), purpose)
+
+
+def guard() -> Guard:
+  """Returns the guard of a run that has seen nothing."""
+  zero = jnp.zeros((), jnp.int32)
+  return Guard(_nothing(), zero, zero, zero)
+
+
+def forget(guard: Guard) -> Guard:
+  """Returns the guard of a run that goes on with other data."""
+  return guard._replace(losses=_nothing(), streak=jnp.zeros((), jnp.int32))
+
+
+def _nothing() -> Array:
+  return jnp.full((_WINDOW,), jnp.nan, jnp.float32)
+
+
+def init(
+  make: Callable[[Key[Array, ""]], dict[str, PyTree]],
+  averaged: tuple[str, ...],
+  txs: Optimizers,
+  key: Key[Array, ""],
+) -> State:
+  """Returns the first state; what `make` boxes stays boxed."""
+  params = make(key)
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt={name: txs[name].init(tree) for name, tree in params.items()},
+    # A copy: the step may write into the memory of what it is given.
+    ema={name: jax.tree.map(jnp.copy, params[name]) for name in averaged},
+    guard=guard(),
+  )
+
+
+def shapes_and_places(
+  make: Callable[[Key[Array, ""]], State], mesh: Mesh
+) -> tuple[State, State]:
+  """Returns the shape and the sharding of each array of a state."""
+  boxed = jax.eval_shape(make, jax.random.key(0))
+  return _unbox(boxed), sharding.shardings(boxed, mesh)
+
+
+def _unbox(tree: PyTree) -> PyTree:
+  is_box = lambda leaf: isinstance(leaf, nn.Partitioned)
+  return jax.tree.map(
+    lambda x: x.unbox(apply_constraint=False) if is_box(x) else x,
+    tree,
+    is_leaf=is_box,
+  )
+
+
+def create(
+  make: Callable[[Key[Array, ""]], State],
+  places: State,
+  key: Key[Array, ""],
+  mesh: Mesh,
+) -> State:
+  """Runs `make` so that each array is born on its own devices."""
+  with sharding.use(mesh):
+    return jax.jit(lambda k: _unbox(make(k)), out_shardings=places)(key)
+
+
+def accumulate(
+  gradients: Callable[..., tuple[PyTree, dict[str, Array]]],
+  params: PyTree,
+  frozen: PyTree,
+  batch: dict[str, Array],
+  key: Key[Array, ""],
+  step: Int[Array, ""],
+  parts: int,
+) -> tuple[PyTree, dict[str, Array]]:
+  """Averages gradients and scalars over `parts` equal parts of a batch.
+
+  Each part takes every `parts`-th sample, so that it is spread over the devices
+  as the batch is.
+  """
+  if parts == 1:
+    return gradients(params, frozen, batch, key, step)
+
+  def split(x: Array) -> Array:
+    x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    return sharding.constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+  def one(total: PyTree, part: dict[str, Array]) -> tuple[PyTree, None]:
+    result = gradients(params, frozen, part, key, step)
+    return jax.tree.map(jnp.add, total, result), None
+
+  batch = jax.tree.map(split, batch)
+  first = jax.tree.map(lambda x: x[0], batch)
+  shapes = jax.eval_shape(gradients, params, frozen, first, key, step)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  total, _ = jax.lax.scan(one, zeros, batch)
+  return jax.tree.map(lambda x: x / parts, total)
+
+
+def accepts(
+  guard: Guard, loss: Float[Array, ""], finite: Bool[Array, ""], sigmas: float
+) -> Bool[Array, ""]:
+  """Says whether a step is to be taken: all finite, and the loss no spike.
+
+  A spike is more than `sigmas` deviations above the mean of the last accepted
+  losses, once there are enough of them; 0 looks for none.
+  """
+  if not sigmas:
+    return finite
+  # Without enough of them the mean is NaN, which nothing is above.
+  mean, deviation = guard.losses.mean(), guard.losses.std()
+  return finite & ~(loss > mean + sigmas * deviation)
+
+
+def after(guard: Guard, loss: Float[Array, ""], ok: Bool[Array, ""]) -> Guard:
+  """Returns the guard after a step."""
+  at = guard.accepted % _WINDOW
+  losses = guard.losses.at[at].set(jnp.where(ok, loss, guard.losses[at]))
+  good = ok.astype(jnp.int32)
+  return Guard(
+    losses,
+    guard.accepted + good,
+    guard.skipped + 1 - good,
+    jnp.where(ok, 0, guard.streak + 1),
+  )
+
+
+def step(
+  state: State,
+  frozen: dict[str, PyTree],
+  batch: dict[str, Array],
+  key: Key[Array, ""],
+  *,
+  gradients: Callable[..., tuple[PyTree, dict[str, Array]]],
+  txs: Optimizers,
+  rate: optax.Schedule,
+  parts: int,
+  decay: float,
+  sigmas: float,
+) -> tuple[State, dict[str, Array]]:
+  """Takes a step, or skips it where it would do harm.
+
+  Args:
+    state: Where the run stands.
+    frozen: What is read and not trained.
+    batch: Arrays with a leading batch axis.
+    key: Of the run's steps.
+    gradients: The task's.
+    txs: The optimiser of each group.
+    rate: The learning rate, to tell of it.
+    parts: How many parts a batch is taken in.
+    decay: Of the average.
+    sigmas: What a spike is; see `accepts`.
+
+  Returns:
+    The new state, and scalars: the task's, and of the norm and the guard.
+  """
+  key = jax.random.fold_in(key, state.step)
+  grads, scalars = accumulate(
+    gradients, state.params, frozen, batch, key, state.step, parts
+  )
+  norms = {name: optax.tree.norm(tree) for name, tree in grads.items()}
+  finite = jnp.isfinite(scalars["loss"])
+  for norm in norms.values():
+    finite &= jnp.isfinite(norm)
+  ok = accepts(state.guard, scalars["loss"], finite, sigmas)
+  keep = functools.partial(
+    jax.tree.map, lambda new, old: jnp.where(ok, new, old)
+  )
+  params, opt = {}, {}
+  for name, tx in txs.items():
+    updates, opt[name] = tx.update(
+      grads[name], state.opt[name], state.params[name]
+    )
+    params[name] = optax.apply_updates(state.params[name], updates)
+  params, opt = keep(params, state.params), keep(opt, state.opt)
+  count = state.guard.accepted
+  ema = {
+    name: optimizers.ema(tree, params[name], count, decay)
+    for name, tree in state.ema.items()
+  }
+  checked = after(state.guard, scalars["loss"], ok)
+  first = next(iter(norms))
+  scalars |= {"grad_norm": norms[first], "learning_rate": rate(count)}
+  scalars |= {f"grad_norm_{n}": x for n, x in norms.items() if n != first}
+  scalars |= {"skipped": checked.skipped, "skipped_in_a_row": checked.streak}
+  ema = keep(ema, state.ema)
+  return State(state.step + 1, params, opt, ema, checked), scalars
+
+
+def place_batch(
+  batch: Mapping[str, Any], mesh: Mesh, first: int, size: int
+) -> dict[str, Array]:
+  """Returns a host's part of a batch as global arrays.
+
+  Adds `index`, each sample's number in the global batch, and `count`.
+
+  Args:
+    batch: This host's rows.
+    mesh: The mesh.
+    first: The number of this host's first row.
+    size: Rows of the global batch.
+  """
+  rows = len(next(iter(batch.values())))
+  batch = dict(batch)
+  # numpy's: arrays of JAX would wait for the step that the device is at.
+  batch["index"] = np.arange(first, first + rows, dtype=np.int32)
+  batch["count"] = np.full((rows,), size, np.int32)
+  place = sharding.training_batch(mesh, size)
+  return {
+    name: jax.make_array_from_process_local_data(place, np.asarray(x))
+    for name, x in batch.items()
+  }
