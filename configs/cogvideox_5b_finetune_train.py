@@ -1,8 +1,21 @@
-r"""All of CogVideoX-5b's transformer, fine-tuned on a folder of videos.
+r"""CogVideoX-5b, all of its transformer, fine-tuned on a folder of videos.
 
 vidgen prepare --dataset=video_folder --source=my_videos --data_dir=data
 vidgen train --config=configs/cogvideox_5b_finetune_train.py \
     --workdir=runs/5b_finetune
+
+Hardware: 8 GPUs of 80 GB. By count of parameters a device holds 28 GB of
+weights, gradients, Adam's moments and averages, and 1 GB of T5 and autoencoder;
+by count of tokens the inputs of the 42 blocks are 5 GB, and all else is
+computed again. Upstream needs 42 GB a device, with ZeRO (finetune/README.md of
+zai-org/CogVideo).
+Cost: an estimate: 24 PFLOP a step by `model.flops` with what is computed again
+and the autoencoder, or 7.5 s a step and 2 hours in all at 40 % of the 989
+TFLOP/s of an H100. With --config.stages[0].data.cache=DIR, which `vidgen
+encode` makes of the same config, a step is a tenth shorter.
+Expect: videos in the manner of the folder's. The learning rate is that of
+upstream's finetune/schemas/args.py; how many steps are right depends on the
+videos: look at the samples.
 """
 
 from vidgen import optimizers, train

@@ -1,7 +1,24 @@
-r"""CogVideoX-5b from random weights, in the paper's stages of size.
+r"""CogVideoX-5b from random weights: 256x384, then 480x720, then 768x1360.
 
 vidgen prepare --dataset=video_folder --source=my_videos --data_dir=data
 vidgen train --config=configs/cogvideox_5b_train.py --workdir=runs/5b
+
+Hardware: 256 GPUs of 80 GB. By count of parameters a device holds 19 GB of
+weights, gradients, Adam's moments and averages, 16 of them of the modulation
+layers, which every device has whole; by count of tokens the inputs of the 42
+blocks are at most 21 GB, and all else is computed again.
+Cost: an estimate, nothing of it was run. 4.7e23 FLOP by `model.flops`, or with
+what is computed again, T5 and the autoencoder 7.1e23: 21000 H100-days (7300,
+8200 and 5200 by stage) at 40 % of 989 TFLOP/s. Upstream's samples reach 37 %:
+90 s for 50 guided steps.
+Expect: no figures of ours. Stages, steps, videos of a batch, AdamW and clipping
+are the paper's (Yang et al., https://arxiv.org/abs/2408.06072, tables 5 and 6).
+Of the learning rate it tells the cosine alone: its peaks and warm-up here are
+our choice, as is how often a batch is of 49 frames, 17 or 1 (images). Every
+batch has one shape, with as many tokens as the paper's number of 49 frames; the
+paper packs shapes together, and its last stage is of 10 s. Its fourth stage, on
+the best fifth of its data, is a fine-tuning: see
+cogvideox_5b_finetune_train.py.
 """
 
 from vidgen import optimizers, train

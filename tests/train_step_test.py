@@ -129,6 +129,21 @@ def test_spikes_are_skipped_once_there_is_a_past(mesh):
   assert not same(unguarded.params, state.params)
 
 
+def test_losses_that_stay_high_are_taken_after_a_while(mesh):
+  """A harder kind of data must not be skipped for ever."""
+  step, state = stepper(TXS), start(TXS, mesh)
+  for i in range(130):
+    state, _ = step(state, FROZEN, batch_of(seed=i), KEY)
+  hard = batch_of()
+  hard["y"] = hard["y"] * 4
+  skipped = []
+  for _ in range(60):
+    state, scalars = step(state, FROZEN, hard, KEY)
+    skipped.append(int(scalars["skipped"]))
+  assert skipped[0] == 1
+  assert skipped[-1] == skipped[-20] < 40
+
+
 def test_average_follows(mesh):
   state, step = start(TXS, mesh), stepper(TXS, decay=0.5)
   want = np.asarray(state.params["net"]["kernel"])

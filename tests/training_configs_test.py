@@ -99,7 +99,11 @@ def without_weights(monkeypatch, tmp_path):
   monkeypatch.setattr(checkpoint, "resolve", resolve)
   monkeypatch.setattr(sources.Opened, "load", zeros)
   # It is computed at once, so it cannot be traced.
-  monkeypatch.setattr(diffusion.DiffusionTask, "_empty_text", empty_text)
+  task = diffusion.DiffusionTask
+  monkeypatch.setattr(task, "_empty_text", empty_text)
+  # The parts of a batch are traced once, not once more for their shapes.
+  once = jax.jit(task.gradients, static_argnums=0)
+  monkeypatch.setattr(task, "gradients", once)
   return tmp_path
 
 

@@ -150,6 +150,8 @@ def run(
   options, told = options or Options(), told or progress.Progress()
   _check(config, options)
   out = pathlib.Path(out).expanduser().absolute()
+  if not (out / cache.NAME).exists():
+    checkpoint.new_folder(out)
   writer = draft.Draft(out)
   mesh = sharding.make_mesh(config.mesh or None)
   task = config.task.build(mesh)
@@ -167,7 +169,6 @@ def run(
     draft.check_same(out, facts)
     writer.remove()
     return _report(out, was_there=True)
-  checkpoint.new_folder(out)
   try:
     with writer.locked(), preemption.Preemption() as stop:
       writer.begin(facts)

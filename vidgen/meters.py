@@ -317,6 +317,8 @@ def _line(
     for name in ("loss", "grad_norm")
     if name in values
   ]
+  if values.get("skipped"):
+    parts.append(f"{values['skipped']:.0f} skipped")
   pace = rates["seconds_per_step"]
   mfu = "-" if rates["mfu"] is None else f"{100 * rates['mfu']:.1f}%"
   if pace is not None:

@@ -24,7 +24,7 @@ class Guard(NamedTuple):
   """What a run knows of its past losses, to tell a spike by.
 
   Attributes:
-    losses: The last accepted ones, in no order; NaN where there is none yet.
+    losses: The last ones, in no order; NaN where there is none yet.
     accepted: How many steps were accepted.
     skipped: How many were not.
     streak: How many of the last were not, in a row.
@@ -156,28 +156,33 @@ def accumulate(
   return jax.tree.map(lambda x: x / parts, total)
 
 
-def accepts(
-  guard: Guard, loss: Float[Array, ""], finite: Bool[Array, ""], sigmas: float
-) -> Bool[Array, ""]:
-  """Says whether a step is to be taken: all finite, and the loss no spike.
+def limit(guard: Guard, sigmas: float) -> Float[Array, ""]:
+  """Returns the loss above which a step is a spike: infinity for `sigmas` 0.
 
-  A spike is more than `sigmas` deviations above the mean of the last accepted
-  losses, once there are enough of them; 0 looks for none.
+  It is `sigmas` deviations above the mean of the last losses, and NaN, which
+  nothing is above, while there are too few of them.
   """
   if not sigmas:
-    return finite
-  # Without enough of them the mean is NaN, which nothing is above.
-  mean, deviation = guard.losses.mean(), guard.losses.std()
-  return finite & ~(loss > mean + sigmas * deviation)
+    return jnp.asarray(jnp.inf, jnp.float32)
+  return guard.losses.mean() + sigmas * guard.losses.std()
 
 
-def after(guard: Guard, loss: Float[Array, ""], ok: Bool[Array, ""]) -> Guard:
-  """Returns the guard after a step."""
-  at = guard.accepted % _WINDOW
-  losses = guard.losses.at[at].set(jnp.where(ok, loss, guard.losses[at]))
+def after(
+  guard: Guard, loss: Float[Array, ""], ok: Bool[Array, ""], sigmas: float
+) -> Guard:
+  """Returns the guard after a step.
+
+  A spike counts as if it were at the limit. So one does little, and losses that
+  stay high soon are the usual ones: else data that are harder than the rest
+  would be skipped for ever, and nobody told.
+  """
+  at = (guard.accepted + guard.skipped) % _WINDOW
+  top = limit(guard, sigmas)
+  kept = jnp.where(loss > top, top, loss)
+  kept = jnp.where(jnp.isfinite(loss), kept, guard.losses[at])
   good = ok.astype(jnp.int32)
   return Guard(
-    losses,
+    guard.losses.at[at].set(kept),
     guard.accepted + good,
     guard.skipped + 1 - good,
     jnp.where(ok, 0, guard.streak + 1),
@@ -209,7 +214,7 @@ def step(
     rate: The learning rate, to tell of it.
     parts: How many parts a batch is taken in.
     decay: Of the average.
-    sigmas: What a spike is; see `accepts`.
+    sigmas: What a spike is; see `limit`.
 
   Returns:
     The new state, and scalars: the task's, and of the norm and the guard.
@@ -222,7 +227,7 @@ def step(
   finite = jnp.isfinite(scalars["loss"])
   for norm in norms.values():
     finite &= jnp.isfinite(norm)
-  ok = accepts(state.guard, scalars["loss"], finite, sigmas)
+  ok = finite & ~(scalars["loss"] > limit(state.guard, sigmas))
   keep = functools.partial(
     jax.tree.map, lambda new, old: jnp.where(ok, new, old)
   )
@@ -238,8 +243,8 @@ def step(
     name: optimizers.ema(tree, params[name], count, decay)
     for name, tree in state.ema.items()
   }
-  checked = after(state.guard, scalars["loss"], ok)
-  first = next(iter(norms))
+  checked = after(state.guard, scalars["loss"], ok, sigmas)
+  first = next(iter(txs))
   scalars |= {"grad_norm": norms[first], "learning_rate": rate(count)}
   scalars |= {f"grad_norm_{n}": x for n, x in norms.items() if n != first}
   scalars |= {"skipped": checked.skipped, "skipped_in_a_row": checked.streak}

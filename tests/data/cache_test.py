@@ -265,13 +265,13 @@ def test_a_file_that_is_cut_short_or_missing(shapes_dir, broken):
 
 
 def test_a_flipped_bit_is_found(shapes_dir, broken):
-  path = broken / "latents-00-00001.array_record"
+  path = broken / "latents-01-00001.array_record"
   data = bytearray(path.read_bytes())
   at = bytes(data).index(b"__metadata__") + 20
   data[at] ^= 1
   path.write_bytes(data)
   with pytest.raises(errors.CorruptError, match=rf"{path.name}: record \d+"):
-    batches(config_of(shapes_dir, broken), stop=40)
+    batches(config_of(shapes_dir, broken), stop=80)
 
 
 def test_files_that_changed_places(shapes_dir, broken):

@@ -13,7 +13,7 @@ import torch
 from flax import linen as nn
 
 from tests import tiny_cogvideox
-from vidgen import errors, weights
+from vidgen import errors, sharding, weights
 from vidgen.data import moving_shapes
 from vidgen.metrics import lpips, pixels
 from vidgen.models.cogvideox import autoencoder as cogvideox
@@ -309,8 +309,6 @@ def test_lpips_looks_at_one_frame_of_each_video(perception):
 
 
 def test_frozen_weights_are_on_every_device(perception, tmp_path):
-  from vidgen import sharding
-
   config = autoencoder.AutoencoderLossConfig(lpips_net="alexnet")
   task = autoencoder.AutoencoderTask(_Linear(), config, str(tmp_path))
   got = task.frozen(sharding.make_mesh({"data": 2}))["lpips"]

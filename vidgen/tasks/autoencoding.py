@@ -79,12 +79,14 @@ class AutoencoderRun(autoencoder.AutoencoderTask):
     """Returns the task with other fields of the loss."""
     if not options:
       return self
+    # These decide what is loaded and made at the start.
     fixed = {"adversarial", "discriminator_features", "discriminator_layers"}
+    fixed |= {"lpips_net"} if self.config.lpips else {"lpips_net", "lpips"}
     fields = {f.name for f in dataclasses.fields(self.config)} - fixed
     if unknown := options.keys() - fields:
       raise errors.InputError(
-        f"config: a stage's options {', '.join(sorted(unknown))} are none of "
-        f"{', '.join(sorted(fields))}."
+        f"config: a stage's options {', '.join(sorted(unknown))} are none that "
+        f"may change from stage to stage: {', '.join(sorted(fields))}."
       )
     other = AutoencoderRun.__new__(AutoencoderRun)
     other.__dict__ |= self.__dict__

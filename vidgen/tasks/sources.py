@@ -4,7 +4,9 @@ import dataclasses
 import importlib
 import pathlib
 import pkgutil
+import shutil
 import tempfile
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -150,8 +152,10 @@ class Opened:
     """Returns the folder of the tokenizer; one of words is made here."""
     source = self._source
     if source.words:
-      self._made = tempfile.TemporaryDirectory(prefix="vidgen-")
-      folder = pathlib.Path(self._made.name) / "tokenizer"
+      # A TemporaryDirectory warns when it goes with whoever holds it.
+      made = tempfile.mkdtemp(prefix="vidgen-")
+      weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+      folder = pathlib.Path(made) / "tokenizer"
       word_tokenizer.write(folder, list(source.words))
       return folder
     if source.tokenizer is not None:
