@@ -32,6 +32,7 @@ setuptools.setup(
     "protobuf>=7.36,<8",
     "sentencepiece>=0.2.3,<0.3",
     "rich>=15.0,<16",
+    "safetensors>=0.8,<0.9",
     "scipy>=1.15,<2",
     "tensorboardX>=2.6.5,<3",
     "tensorflow-datasets>=4.9.10,<5",
@@ -52,7 +53,6 @@ setuptools.setup(
       "pytest>=9.2,<10",
       "pytest-xdist>=3.8,<4",
       "ruff>=0.17.6,<0.18",
-      "safetensors>=0.8,<0.9",
       "scikit-image>=0.26,<0.27",
       # Other versions bring gigabytes of CUDA.
       "torch==2.13.0",

@@ -3,7 +3,7 @@ r"""CogVideoX-2b from random weights: 256x384, then 480x720, then 768x1360.
 vidgen prepare --dataset=video_folder --source=my_videos --data_dir=data
 vidgen train --config=configs/cogvideox_2b_train.py --workdir=runs/2b
 
-Hardware: 64 GPUs of 80 GB. By count of parameters a device holds 10 GB of
+Hardware: 64 GPUs of 80 GB. By count of parameters a device holds 4 GB of
 weights, gradients, Adam's moments and averages, and 1 GB of T5 and autoencoder;
 by count of tokens the inputs of the 30 blocks are at most 9 GB, and all else is
 computed again.

@@ -4,7 +4,7 @@ vidgen prepare --dataset=video_folder --source=my_videos --data_dir=data
 vidgen train --config=configs/cogvideox_5b_finetune_train.py \
     --workdir=runs/5b_finetune
 
-Hardware: 8 GPUs of 80 GB. By count of parameters a device holds 28 GB of
+Hardware: 8 GPUs of 80 GB. By count of parameters a device holds 14 GB of
 weights, gradients, Adam's moments and averages, and 1 GB of T5 and autoencoder;
 by count of tokens the inputs of the 42 blocks are 5 GB, and all else is
 computed again. Upstream needs 42 GB a device, with ZeRO (finetune/README.md of

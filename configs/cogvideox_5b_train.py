@@ -3,10 +3,9 @@ r"""CogVideoX-5b from random weights: 256x384, then 480x720, then 768x1360.
 vidgen prepare --dataset=video_folder --source=my_videos --data_dir=data
 vidgen train --config=configs/cogvideox_5b_train.py --workdir=runs/5b
 
-Hardware: 256 GPUs of 80 GB. By count of parameters a device holds 19 GB of
-weights, gradients, Adam's moments and averages, 16 of them of the modulation
-layers, which every device has whole; by count of tokens the inputs of the 42
-blocks are at most 21 GB, and all else is computed again.
+Hardware: 256 GPUs of 80 GB. By count of parameters a device holds 4 GB of
+weights, gradients, Adam's moments and averages; by count of tokens the inputs
+of the 42 blocks are at most 21 GB, and all else is computed again.
 Cost: an estimate, nothing of it was run. 4.7e23 FLOP by `model.flops`, or with
 what is computed again, T5 and the autoencoder 7.1e23: 21000 H100-days (7300,
 8200 and 5200 by stage) at 40 % of 989 TFLOP/s. Upstream's samples reach 37 %:

@@ -3,14 +3,15 @@ r"""CogVideoX's autoencoder from random weights: L1, LPIPS, KL, then a critic.
 vidgen prepare --dataset=video_folder --source=my_videos --data_dir=data
 vidgen train --config=configs/cogvideox_vae_train.py --workdir=runs/vae
 
-Hardware: not known: nothing of it was run. The 216 million parameters, their
-gradients, moments and averages are 0.5 GB of each of 8 devices. What the
-backward pass keeps is more: traced, 153 kB for each pixel of a frame, before
-XLA saves what it can. A clip of 17 frames is 65 thousand of these a frame, or
-170 GB; where that is too much, lower height and width of the buckets.
-Cost: an estimate: 1.5 PFLOP a step of 16 clips of 17 frames, LPIPS and critic
-left out, which is 0.5 s at 40 % of the 989 TFLOP/s of 8 H100, and two days for
-all steps; convolutions of so few channels may well reach less.
+Hardware: 8 GPUs of 80 GB, by count: nothing of it was run. The 216 million
+parameters, their gradients, moments and averages are 0.5 GB of each device. The
+inputs of residual blocks, which the backward pass keeps, are by tracing 12 kB
+for each pixel of a frame: 27 GB for two clips of 17 frames, 38 GB for one of
+49. All else within the blocks is computed again; kept, it would be 12 times as
+much.
+Cost: an estimate: 1.9 PFLOP a step of 16 clips of 17 frames, LPIPS and critic
+left out, which is 0.6 s at 40 % of the 989 TFLOP/s of 8 H100, and two and a
+half days for all steps; convolutions of so few channels may well reach less.
 Expect: no figures of ours; the published one has 29.1 dB PSNR on its authors'
 clips (Yang et al., https://arxiv.org/abs/2408.06072, table 2). The losses, 17
 frames of 256x256 first and the critic after some thousand steps are the paper's
@@ -55,6 +56,7 @@ def get_config() -> train.TrainConfig:
         adversarial_start=5000,
       ),
       dtype="bfloat16",
+      remat=True,
     ),
     stages=(
       train.Stage(

@@ -35,7 +35,7 @@ RULES: Rules = (
   ("heads", "tensor"),
   ("head_dim", None),
   ("vocab", "tensor"),
-  ("conditioning", None),
+  ("conditioning", "fsdp"),
   ("conv_in", None),
   ("conv_out", "fsdp"),
   ("norm", None),

@@ -139,7 +139,9 @@ def our_step(
     value, grads = jax.value_and_grad(loss)(params)
     return grads, {"loss": value}
 
-  txs = {"transformer": optimizers.optimizer(_ADAMW, lambda count: _RATE)}
+  constant = optimizers.Rate(_RATE, schedule="constant")
+  rate = optimizers.schedule([(10**6, constant)])
+  txs = {"transformer": optimizers.optimizer(_ADAMW, rate)}
   key = jax.random.key(0)
   # Under jit, so that no two of its arrays share memory: it is donated.
   start = lambda params: train_step.init(lambda _: params, (), txs, key)
@@ -152,6 +154,7 @@ def our_step(
       key,
       gradients=gradients,
       txs=txs,
+      rate=rate,
       parts=1,
       decay=0.0,
       sigmas=6.0,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import linen as nn
 
 from tests import tiny_training
 from vidgen import checkpoint, errors, optimizers, sharding, train
@@ -111,3 +112,19 @@ def test_zeros_for_the_past_need_random_weights(data_dir):
   config.task.checkpoint = "somewhere"
   with pytest.raises(errors.InputError, match="init_past_taps"):
     config.task.build(sharding.make_mesh(None))
+
+
+def test_remat_changes_nothing():
+  config = small()
+  key, video = jax.random.key(0), jnp.zeros((1, 9, 32, 32, 3))
+  video = video.at[:, :, 8:20, 8:20].set(0.5)
+
+  def gradients(remat):
+    model = cogvideox.create_autoencoder(config, jnp.float32, remat=remat)
+    params = nn.unbox(model.init(key))
+    loss = lambda p: jnp.abs(model.decode(p, model.encode(p, video).mean)).sum()
+    return jax.jit(jax.grad(loss))(params)
+
+  kept, again = gradients(False), gradients(True)
+  for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())

@@ -4,7 +4,7 @@ usage: vidgen encode --config=FILE --out=DIR [flags]
 
   --config=FILE       the config of the run, of a diffusion model
   --out=DIR           the cache, a new folder; it appears whole, at the end
-  --dtype=NAME        of what is stored: float32, the default, bfloat16 or float16
+  --dtype=NAME        of what is stored: float32 by default, bfloat16, float16
   --windows=K         windows of each clip that is longer than its bucket, and
                       frames of it for a bucket of images: K of them, spread
                       evenly, 1 by default

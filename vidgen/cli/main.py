@@ -18,6 +18,7 @@ from vidgen import errors, version
 COMMANDS = {
   "sample": ("vidgen.cli.sample", "make videos from prompts"),
   "prepare": ("vidgen.cli.prepare", "make a dataset for training"),
+  "encode": ("vidgen.cli.encode", "cache what a run would encode each step"),
   "train": ("vidgen.cli.train", "train a model"),
   "convert": ("vidgen.cli.convert", "change a checkpoint's layout"),
   "bench": ("vidgen.cli.bench", "time vidgen on this machine"),

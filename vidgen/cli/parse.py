@@ -122,13 +122,14 @@ def _check_overrides(
     match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
     if not match:
       continue
-    name, _, below = match[1].partition(".")
+    path = re.fullmatch(r"([^.[]*)(\[\d+\])?(?:\.(.*))?", match[1])
+    name, index, below = path.groups() if path else (match[1], None, None)
     if name not in fields:
       raise errors.InputError(
         f"--config.{match[1]}: the config has no such field."
         f"{prompts.closest(name, fields)}"
       )
-    if below and not dataclasses.is_dataclass(fields[name]):
+    if below and not (_is_nested(fields[name]) or index):
       raise errors.InputError(
         f"--config.{match[1]}: {name} is one value; set --config.{name}."
       )
@@ -136,6 +137,11 @@ def _check_overrides(
       raise errors.InputError(
         f"--config.{name}: set its entries, --config.{name}.NAME=VALUE."
       )
+
+
+def _is_nested(kind: Any) -> bool:
+  """Says whether a field may have fields of its own."""
+  return kind is Any or dataclasses.is_dataclass(kind)
 
 
 def _entry(name: str, kind: Any, text: str) -> Any:

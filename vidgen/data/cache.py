@@ -209,8 +209,9 @@ def check_encoders(there: Encoders, here: Encoders) -> None:
 
 def pack(row: Row) -> bytes:
   """Returns a record as it is stored: in the format of safetensors."""
-  about = {"id": row.id, "captions": json.dumps(row.captions)}
-  return safetensors.numpy.save(row.arrays, metadata=about)
+  # One entry: several would stand in another order each time.
+  about = json.dumps([row.id, row.captions])
+  return safetensors.numpy.save(row.arrays, metadata={"row": about})
 
 
 def unpack(data: bytes, where: str) -> Row:
@@ -222,14 +223,14 @@ def unpack(data: bytes, where: str) -> Row:
   try:
     start = 8 + int.from_bytes(data[:8], "little")
     header = tensorheader.parse_json(data[8:start], where)
-    about = header.pop("__metadata__")
+    id, captions = json.loads(header.pop("__metadata__")["row"])
     arrays = {}
     for name, entry in header.items():
       first, last = entry["data_offsets"]
       dtype = tensorheader.DTYPES[entry["dtype"]]
       flat = np.frombuffer(data[start + first : start + last], dtype)
       arrays[name] = flat.reshape(entry["shape"])
-    return Row(about["id"], json.loads(about["captions"]), arrays)
+    return Row(id, captions, arrays)
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     if isinstance(error, errors.VidgenError):
       raise

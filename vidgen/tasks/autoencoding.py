@@ -31,6 +31,8 @@ class AutoencoderTaskConfig:
       present frame only, so that single frames train a sound video model.
     loss: What the loss consists of.
     dtype: What the networks compute in; weights in training are float32.
+    remat: Whether the backward pass computes each residual block again: it
+      takes a third longer, in a small part of the memory.
     samples: Clips that are reconstructed now and then: the first batch of a
       config; None makes no samples.
     lpips_folder: Where the weights of LPIPS are kept; None is the cache.
@@ -43,6 +45,7 @@ class AutoencoderTaskConfig:
     default_factory=autoencoder.AutoencoderLossConfig
   )
   dtype: str = "float32"
+  remat: bool = False
   samples: loader.DataConfig | None = None
   lpips_folder: str | None = None
 
@@ -64,7 +67,7 @@ class AutoencoderRun(autoencoder.AutoencoderTask):
     family = sources.family_of(config.model)
     dtype = jnp.dtype(config.dtype)
     model = family.create_autoencoder(
-      config.model, dtype, config.init_past_taps
+      config.model, dtype, config.init_past_taps, remat=config.remat
     )
     super().__init__(model, config.loss, config.lpips_folder)
     self._run, self._mesh = config, mesh

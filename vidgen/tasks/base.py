@@ -17,14 +17,14 @@ class Sample(NamedTuple):
     text: What it shows.
     frames: `F H W 3`, bytes.
     fps: Frames a second.
-    metrics: What was measured on it, by name.
+    metrics: What was measured on it, by name; None is nothing.
   """
 
   name: str
   text: str
   frames: np.ndarray
   fps: float
-  metrics: dict[str, float] = {}
+  metrics: dict[str, float] | None = None
 
 
 @runtime_checkable

@@ -44,10 +44,14 @@ def create(
 
 
 def create_autoencoder(
-  config: Config, dtype: DTypeLike, init_past_taps: str = "random"
+  config: Config,
+  dtype: DTypeLike,
+  init_past_taps: str = "random",
+  *,
+  remat: bool = False,
 ) -> Autoencoder:
   """Returns the autoencoder of a config, as its training takes it."""
-  return Autoencoder(config.vae, dtype, init_past_taps)
+  return Autoencoder(config.vae, dtype, init_past_taps, remat)
 
 
 __all__ = [

@@ -22,11 +22,13 @@ class Autoencoder:
     dtype: What the networks compute in.
     init_past_taps: "zeros" starts the causal convolutions with weights for the
       present frame only. Images then train what a video starts from.
+    remat: Whether the backward pass computes each residual block again.
   """
 
   config: vae.VaeConfig
   dtype: DTypeLike = jnp.float32
   init_past_taps: str = "random"
+  remat: bool = False
 
   # The path of the decoder's last kernel in the parameters.
   last_kernel: tuple[str, ...] = ("decoder", "conv_out", "kernel")
@@ -51,13 +53,17 @@ class Autoencoder:
     self, params: PyTree, video: Float[Array, "b F H W 3"]
   ) -> vae.Posterior:
     """Returns the posterior of a video in [-1, 1]."""
-    return vae.encode(params, self.config, video, dtype=self.dtype)
+    return vae.encode(
+      params, self.config, video, dtype=self.dtype, remat=self.remat
+    )
 
   def decode(
     self, params: PyTree, latents: Float[Array, "b f h w c"]
   ) -> Float[Array, "b F H W 3"]:
     """Returns the video, float32, nominally in [-1, 1]."""
-    video = vae.decode(params, self.config, latents, dtype=self.dtype)
+    video = vae.decode(
+      params, self.config, latents, dtype=self.dtype, remat=self.remat
+    )
     return video.astype(jnp.float32)
 
 

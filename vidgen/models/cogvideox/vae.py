@@ -201,11 +201,13 @@ class Encoder(nn.Module):
   eps: float
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
+  remat: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b l y x m"]:
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    resnet = lambda width, name: ResnetBlock(
+    block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+    resnet = lambda width, name: block(
       width, self.groups, self.eps, **types, name=name
     )
     x = CausalConv3D(self.block_out_channels[0], **types, name="conv_in")(x)
@@ -235,11 +237,13 @@ class Decoder(nn.Module):
   eps: float
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
+  remat: bool = False
 
   @nn.compact
   def __call__(self, z: Float[Array, "b l y x k"]) -> Float[Array, "b f h w c"]:
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    resnet = lambda width, name: ResnetBlock(
+    block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+    resnet = lambda width, name: block(
       width, self.groups, self.eps, **types, name=name
     )
     widths = self.block_out_channels[::-1]
@@ -264,6 +268,7 @@ def _network(
   channels: int,
   dtype: DTypeLike,
   param_dtype: DTypeLike,
+  remat: bool,
 ) -> Encoder | Decoder:
   return kind(
     tuple(config.block_out_channels),
@@ -274,6 +279,7 @@ def _network(
     config.norm_eps,
     dtype,
     param_dtype,
+    remat,
   )
 
 
@@ -281,20 +287,22 @@ def encoder(
   config: VaeConfig,
   dtype: DTypeLike = jnp.float32,
   param_dtype: DTypeLike = jnp.float32,
+  remat: bool = False,
 ) -> Encoder:
   """Returns the encoder of one chunk."""
   channels = config.latent_channels
-  return _network(Encoder, config, channels, dtype, param_dtype)
+  return _network(Encoder, config, channels, dtype, param_dtype, remat)
 
 
 def decoder(
   config: VaeConfig,
   dtype: DTypeLike = jnp.float32,
   param_dtype: DTypeLike = jnp.float32,
+  remat: bool = False,
 ) -> Decoder:
   """Returns the decoder of one chunk."""
   channels = config.out_channels
-  return _network(Decoder, config, channels, dtype, param_dtype)
+  return _network(Decoder, config, channels, dtype, param_dtype, remat)
 
 
 def init(
@@ -348,6 +356,7 @@ def encode(
   dtype: DTypeLike = jnp.float32,
   tiling: chunks.Tiling | None = None,
   slicing: bool = False,
+  remat: bool = False,
 ) -> Posterior:
   """Encodes a video in [-1, 1]; the latents are not scaled yet.
 
@@ -359,6 +368,8 @@ def encode(
     tiling: Encodes frames larger than a tile in tiles; call it outside of jit,
       which would compile every tile anew.
     slicing: Encodes one video of the batch after another.
+    remat: Whether the backward pass computes each residual block again, instead
+      of keeping what is within it.
 
   Raises:
     InputError: The video is too small, or the tiles do not fit together.
@@ -369,7 +380,7 @@ def encode(
       f"video: {video.shape[1]} frames of {video.shape[2]}x{video.shape[3]} "
       f"are too few to encode; give one frame of {ratio}x{ratio} or more."
     )
-  network = encoder(config, dtype)
+  network = encoder(config, dtype, remat=remat)
   run = chunks.Loop(network, params["encoder"], PIXEL_CHUNK, slicing)
   if tiling is None:
     moments = run(video)
@@ -388,6 +399,7 @@ def decode(
   post: Callable[[Array], Array] = chunks.identity,
   tiling: chunks.Tiling | None = None,
   slicing: bool = False,
+  remat: bool = False,
 ) -> Array:
   """Decodes latents, not scaled any more, to a video `b F H W c` in [-1, 1].
 
@@ -404,13 +416,14 @@ def decode(
     tiling: Decodes latents larger than a tile in tiles; call it outside of jit,
       which would compile every tile anew.
     slicing: Decodes one video of the batch after another.
+    remat: As in `encode`.
 
   Raises:
     InputError: There are no latents, or the tiles do not fit together.
   """
   if 0 in latents.shape:
     raise errors.InputError(f"latents: nothing to decode in {latents.shape}.")
-  network = decoder(config, dtype)
+  network = decoder(config, dtype, remat=remat)
   run = chunks.Loop(network, params["decoder"], LATENT_CHUNK, slicing)
   if tiling is None:
     return run(latents, post)
