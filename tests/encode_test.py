@@ -82,11 +82,11 @@ def test_same_losses_with_the_text_encoder_trained(
   data_dir, checkpoint, tmp_path
 ):
   """And of images, of which 17 frames are kept."""
-  shapes, task = ((9, 32, 32), (1, 16, 16)), {"train_text_encoder": True}
+  shapes, task = ((5, 16, 16), (1, 16, 16)), {"train_text_encoder": True}
   config = config_of(data_dir, checkpoint, shapes, task=task)
   report = encode.run(config, tmp_path / "cache", encode.Options(windows=20))
   assert report.records == {
-    "latents 9x32x32": 9 * 24,
+    "latents 5x16x16": 13 * 24,
     "latents 1x16x16": 17 * 24,
   }
   got = losses(from_cache(config, tmp_path / "cache"))
@@ -96,8 +96,8 @@ def test_same_losses_with_the_text_encoder_trained(
 def test_same_losses_from_images(data_dir, tmp_path):
   checkpoint = tiny_training.checkpoint(tmp_path, "1.5-5b-i2v")
   noised = {"text_dropout_by": "zeros", "text_dropout": 0.4}
-  config = config_of(data_dir, checkpoint, noised=noised)
-  encode.run(config, tmp_path / "cache", encode.Options(windows=9))
+  config = config_of(data_dir, checkpoint, ((5, 16, 16),), noised=noised)
+  encode.run(config, tmp_path / "cache", encode.Options(windows=13))
   got = losses(from_cache(config, tmp_path / "cache"))
   np.testing.assert_allclose(got, losses(config), rtol=1e-5)
 
@@ -186,7 +186,9 @@ def test_bfloat16_is_half_the_size(whole, tmp_path):
   want = arrays_of(config, out)
   got = arrays_of(config, tmp_path / "cache")
   assert got.dtype.itemsize == 2 and want.dtype == np.float32
-  np.testing.assert_allclose(got.astype(np.float32), want, rtol=2**-8)
+  np.testing.assert_allclose(
+    got.astype(np.float32), want, rtol=2**-8, atol=1e-6
+  )
 
 
 def host_batch(config, out):

@@ -45,8 +45,8 @@ class Options:
   """How a cache is made.
 
   Attributes:
-    dtype: Of what is stored. bfloat16 halves the size; its error of a latent is
-      0.4 % at the most, often below the posterior's own deviation.
+    dtype: Of what is stored. bfloat16 halves the size, and rounds by 0.2 % at
+      the most.
     windows: Windows of each clip, at the most; longer clips have others.
     batch_size: Clips that are encoded at once; None is as many as a step of
       their bucket has.

@@ -207,6 +207,8 @@ class Trainer:
 
   def __init__(self, config: TrainConfig, task: base.Task, mesh: Mesh):
     self.config, self.task, self.mesh = config, task, mesh
+    for stage in config.stages:
+      task.with_options(stage.options)  # Raises before any weight is read.
     stages = [(stage.num_steps, stage.rate) for stage in config.stages]
     rate = optimizers.schedule(stages)
     self.rate = rate

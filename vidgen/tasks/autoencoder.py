@@ -260,7 +260,15 @@ class AutoencoderTask:
     return {"lpips": jax.device_put(params, sharding.shardings(params, mesh))}
 
   def host_batch(self, batch: Any) -> dict[str, np.ndarray]:
-    """Returns what of a batch of the loader's goes to the devices."""
+    """Returns what of a batch of the loader's goes to the devices.
+
+    Raises:
+      InputError: The batch comes from a cache, which holds no pixels.
+    """
+    if batch.made_by is not None:
+      raise errors.InputError(
+        "config: data.cache: an autoencoder trains on videos; drop the cache."
+      )
     return {"video": batch.video}
 
   def gradients(

@@ -221,7 +221,7 @@ class DiffusionTask:
 
   def _hash(self, name: str, *parts: Any) -> str:
     """A hash of a component: its config, its weights, and what else is."""
-    folder = self._opened._home(name)
+    folder = self._opened.home(name)
     if folder is None:
       raise errors.InputError(
         f"config: {name} starts from random weights, of which a cache is of no "

@@ -103,9 +103,9 @@ class Opened:
         f"{', '.join(self.components)}."
       )
     for name in self.components:
-      self._home(name)
+      self.home(name)
 
-  def _home(self, name: str) -> pathlib.Path | None:
+  def home(self, name: str) -> pathlib.Path | None:
     """The folder that has a component's weights; None from scratch.
 
     A folder of its own takes the place of the checkpoint's.
@@ -129,12 +129,12 @@ class Opened:
 
   def is_scratch(self, name: str) -> bool:
     """Says whether a component starts from random weights."""
-    return self._home(name) is None
+    return self.home(name) is None
 
   def load(self, name: str, places: PyTree, dtype: DTypeLike) -> PyTree:
     """Returns the weights of a component, in `places`."""
     return checkpoint.load_component(
-      self._home(name), self.components[name], shardings=places, dtype=dtype
+      self.home(name), self.components[name], shardings=places, dtype=dtype
     )
 
   def frozen(self, names: tuple[str, ...], mesh: Mesh, dtype: DTypeLike):
