@@ -107,6 +107,19 @@ def test_what_is_not_finite_is_skipped(mesh, bad):
   assert not same(after.params, state.params)
 
 
+def test_a_gradient_alone_that_is_not_finite(mesh):
+  """The loss is a number, its gradient none: the square root of zero."""
+
+  def odd(params, frozen, batch, key, step):
+    grads = jax.tree.map(lambda x: x * jnp.inf, params)
+    return grads, {"loss": jnp.ones(())}
+
+  state = start(TXS, mesh)
+  after, scalars = stepper(TXS, grads=odd)(state, FROZEN, batch_of(), KEY)
+  assert int(scalars["skipped"]) == 1
+  assert same(after.params, state.params)
+
+
 def test_spikes_are_skipped_once_there_is_a_past(mesh):
   step = stepper(TXS)
   state = start(TXS, mesh)

@@ -345,6 +345,18 @@ def test_bad_configs(fields, word, data_dir, checkpoint, tmp_path):
   config = tiny_training.replace(config, **fields)
   with pytest.raises(errors.InputError, match=word):
     train.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists(), "nothing is left to be in the way"
+
+
+def test_a_stage_without_clips_is_told_before_the_run(
+  data_dir, checkpoint, tmp_path
+):
+  late = tiny_training.stage(data_dir, shapes=((33, 32, 32),))
+  stages = (tiny_training.stage(data_dir), late)
+  config = tiny_training.config(data_dir, checkpoint, stages=stages)
+  with pytest.raises(errors.InputError, match="bucket 33x32x32: no clip"):
+    train.run(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_checkpoint_of_another_model(data_dir, checkpoint, tmp_path):

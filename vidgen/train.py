@@ -157,13 +157,15 @@ def run(config: TrainConfig, workdir: str | pathlib.Path) -> pathlib.Path:
   total = check(config)
   mesh = sharding.make_mesh(config.mesh or None)
   workdir = pathlib.Path(workdir)
+  # A folder is made once all is checked that can be without the weights.
+  task = config.task.build(mesh)
+  trainer = Trainer(config, task, mesh)
+  trainer.check_data()
   with (
     open_folder(config, workdir) as folder,
     meters.Meters(workdir, total, log_every=config.log_every) as meter,
     preemption.Preemption() as stop,
   ):
-    task = config.task.build(mesh)
-    trainer = Trainer(config, task, mesh)
     with meter.timing("load"):
       state = trainer.start(folder)
       frozen = task.frozen(mesh)
@@ -226,6 +228,26 @@ class Trainer:
       train_step.init, task.init, task.averaged, self.txs
     )
     self.shapes, self.places = train_step.shapes_and_places(self._make, mesh)
+
+  def check_data(self) -> None:
+    """Looks at every stage's data, so that none is missed after a night.
+
+    Raises:
+      InputError: No data, a bucket without clips, or a batch that does not
+        divide over hosts and devices.
+      CorruptError: The data are damaged.
+    """
+    for stage in self.config.stages:
+      steps = loader.Steps(
+        stage.data,
+        self.config.seed,
+        0,
+        stage.num_steps,
+        jax.process_index(),
+        jax.process_count(),
+      )
+      for bucket in steps.buckets:
+        sharding.training_batch(self.mesh, bucket.batch_size)
 
   def start(self, folder: runs.Run) -> train_step.State:
     """Returns the newest state of a run, or its first."""

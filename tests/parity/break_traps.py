@@ -40,6 +40,9 @@ NETWORK = "tests/parity/transformer_test.py"
 PIPELINE = "tests/parity/pipeline_test.py"
 VAE = "tests/parity/vae_test.py"
 T5 = "tests/parity/t5_test.py"
+NOISING = "vidgen/tasks/noising.py"
+STEP = "vidgen/train_step.py"
+TRAINING = "tests/parity/training_test.py"
 
 TRAPS = [
   Trap(
@@ -318,6 +321,62 @@ TRAPS = [
     "return latents * self.config.vae.scaling_factor",
     "return latents * 1.0",
     f"{PIPELINE}::test_video_to_video[5b-DPM-False]",
+  ),
+  Trap(
+    "training: the target v with its sign turned",
+    "vidgen/diffusion.py",
+    "* noise - _each(level.sigma, x0) * x0",
+    "* noise + _each(level.sigma, x0) * x0",
+    f"{TRAINING}::test_loss_and_gradients[5b]",
+  ),
+  Trap(
+    "training: each sample's timestep from the whole range",
+    NOISING,
+    "own = (index * intervals) // count",
+    "own, intervals = 0 * index, 1",
+    "tests/tasks/noising_test.py::test_each_sample_draws_in_its_own_interval",
+  ),
+  Trap(
+    "training: one key for all samples",
+    NOISING,
+    "return jax.vmap(lambda i: fold(fold(key, i), purpose))(index)",
+    "return jax.vmap(lambda i: fold(fold(key, 0 * i), purpose))(index)",
+    "tests/tasks/noising_test.py::test_density_in_pieces",
+  ),
+  Trap(
+    "training: gradients summed over the parts of a batch",
+    STEP,
+    "return jax.tree.map(lambda x: x / parts, total)",
+    "return total",
+    "tests/train_step_test.py::test_parts_of_a_batch_are_the_batch[2]",
+  ),
+  Trap(
+    "training: a step taken on a gradient that is not finite",
+    STEP,
+    "    finite &= jnp.isfinite(norm)",
+    "    finite &= jnp.isfinite(norm) | True",
+    "tests/train_step_test.py::test_a_gradient_alone_that_is_not_finite",
+  ),
+  Trap(
+    "training: the average moved by a skipped step",
+    STEP,
+    "  ema = keep(ema, state.ema)",
+    "  pass",
+    "tests/train_step_test.py::test_what_is_not_finite_is_skipped[nan]",
+  ),
+  Trap(
+    "training: the same key at every step",
+    STEP,
+    "key = jax.random.fold_in(key, state.step)",
+    "key = jax.random.fold_in(key, 0)",
+    "tests/train_step_test.py::test_each_step_has_a_key_of_its_own",
+  ),
+  Trap(
+    "training: a LoRA without its alpha / rank",
+    "vidgen/adapters.py",
+    "leaf * (config.alpha / config.rank)",
+    "leaf * 1.0",
+    "tests/adapters_test.py",
   ),
 ]
 

@@ -171,6 +171,8 @@ def _explain(path: str, error: Exception) -> str:
       at.append(trace.tb_lineno)
     trace = trace.tb_next
   last = text.strip().splitlines()[-1] if text.strip() else ""
+  if field := re.search(r"Field (\w+) not found on dataclass .*\.(\w+)'", text):
+    return f"--config: a {field[2]} has no field {field[1]!r}; see {path}."
   if not at and isinstance(error, flags.Error):
     return last.removeprefix("flag ")
   if not isinstance(error, flags.Error):
