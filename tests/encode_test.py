@@ -78,6 +78,7 @@ def test_trains_as_from_videos(data_dir, checkpoint, tmp_path):
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_same_losses_with_the_text_encoder_trained(
   data_dir, checkpoint, tmp_path
 ):
@@ -93,6 +94,7 @@ def test_same_losses_with_the_text_encoder_trained(
   np.testing.assert_allclose(got, losses(config), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_same_losses_from_images(data_dir, tmp_path):
   checkpoint = tiny_training.checkpoint(tmp_path, "1.5-5b-i2v")
   noised = {"text_dropout_by": "zeros", "text_dropout": 0.4}
@@ -169,6 +171,7 @@ def test_the_same_again_and_another(whole, small_files):
     encode.run(config, out.parent)
 
 
+@pytest.mark.slow
 def test_many_devices_encode_as_one(whole, tmp_path):
   config, out = whole
   many = tiny_training.replace(config, mesh={"data": 2, "fsdp": 2, "tensor": 2})

@@ -292,6 +292,7 @@ def test_lora_run(data_dir, checkpoint, tmp_path):
   assert np.abs(with_lora - without).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["5b-i2v", "1.5-5b", "1.5-5b-i2v"])
 def test_every_variant_trains(variant, data_dir, tmp_path):
   checkpoint = tiny_training.checkpoint(tmp_path, variant)
@@ -368,6 +369,7 @@ def test_checkpoint_of_another_model(data_dir, checkpoint, tmp_path):
     train.run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_accumulated_run_is_the_run(undisturbed, tmp_path):
   config, workdir = undisturbed
   train.run(tiny_training.replace(config, accumulate=2), tmp_path / "parts")
@@ -377,6 +379,7 @@ def test_accumulated_run_is_the_run(undisturbed, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing(undisturbed, tmp_path):
   config, workdir = undisturbed
   task = tiny_training.replace(config.task, remat="full")

@@ -341,7 +341,7 @@ TRAPS = [
     NOISING,
     "return jax.vmap(lambda i: fold(fold(key, i), purpose))(index)",
     "return jax.vmap(lambda i: fold(fold(key, 0 * i), purpose))(index)",
-    "tests/tasks/noising_test.py::test_density_in_pieces",
+    "tests/tasks/noising_test.py::test_samples_and_purposes_draw_apart",
   ),
   Trap(
     "training: gradients summed over the parts of a batch",

@@ -64,6 +64,7 @@ def config_of(data_dir, **loss):
   )
 
 
+@pytest.mark.slow
 def test_run_with_a_critic(data_dir, tmp_path):
   config = config_of(
     data_dir,

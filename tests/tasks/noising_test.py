@@ -232,6 +232,26 @@ def test_a_sample_does_not_depend_on_its_neighbours():
   np.testing.assert_allclose(np.mean(parts), whole, rtol=1e-6)
 
 
+def test_samples_and_purposes_draw_apart():
+  """The same clip four times is noised in four ways."""
+  seen = []
+
+  class Spy(Guess):
+    def predict(self, params, x, level, condition):
+      seen.append(np.asarray(x))
+      return jnp.zeros_like(x)
+
+  batch = batch_of(4)
+  batch["latents"] = jnp.zeros_like(batch["latents"])
+  noiser(Spy(), timesteps=((999, 1000, 1.0),))(PARAMS, batch, jax.random.key(0))
+  rows = seen[0].reshape(4, -1)
+  correlation = np.corrcoef(rows) - np.eye(4)
+  assert np.abs(correlation).max() < 0.6
+  keys = [noising.keys_of(jax.random.key(0), jnp.arange(2), p) for p in (0, 1)]
+  data = np.concatenate([jax.random.key_data(k) for k in keys])
+  assert len(np.unique(data, axis=0)) == 4
+
+
 def test_scalars_tell_the_loss_by_level():
   _, scalars = noiser(Guess())(PARAMS, batch_of(16), jax.random.key(0))
   quarters = [float(scalars[f"loss_quarter_{i}"]) for i in (1, 2, 3, 4)]
