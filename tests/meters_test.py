@@ -281,7 +281,8 @@ def test_goodput_over_all_starts(tmp_path):
   second = seconds(tmp_path)
   assert (second["step"], second["starts"]) == (4, 2)
   lost = second["seconds"]["lost"]
-  assert lost >= 0.04
+  # An estimate by the logged pace, whose last record has no step after it.
+  assert 0.02 <= lost <= first["seconds"]["step"]
   assert second["seconds"]["step"] >= first["seconds"]["step"] - lost + 0.04
   assert second["total_seconds"] >= first["total_seconds"] + 0.07
   assert second["seconds"]["sample"] >= 0.06
