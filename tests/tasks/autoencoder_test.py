@@ -18,7 +18,7 @@ from vidgen.data import moving_shapes
 from vidgen.metrics import lpips, pixels
 from vidgen.models.cogvideox import autoencoder as cogvideox
 from vidgen.models.cogvideox import vae, vae_weights
-from vidgen.tasks import autoencoder
+from vidgen.tasks import autoencoder, noising
 
 # Compiles in half the time; the arithmetic is the same.
 _jit = functools.partial(
@@ -208,7 +208,7 @@ def test_a_critic_at_a_fixed_weight_in_parts_too():
 
 def _adversary(task, params, batch):
   """The losses of both sides, each written out by itself."""
-  x = autoencoder.to_signed(batch["video"])
+  x = noising.to_signed(batch["video"])
 
   def fake(vae_params):
     posterior = task.model.encode(vae_params, x)
@@ -299,7 +299,7 @@ def test_lpips_looks_at_one_frame_of_each_video(perception):
   batch, params = _batch(size=32), _init(task)
   grads, scalars = _run(task, params, batch, frozen={"lpips": perception})
   np.testing.assert_allclose(scalars["loss"], 2 * scalars["lpips"], rtol=1e-6)
-  x = autoencoder.to_signed(batch["video"])
+  x = noising.to_signed(batch["video"])
   y = task.model.decode(params["vae"], task.model.encode(params["vae"], x).mean)
   distance = _jit(lambda a, b: lpips.distance(perception, "alexnet", a, b))
   each = np.stack([distance(x[:, i], y[:, i]) for i in range(3)])

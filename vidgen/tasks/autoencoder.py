@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from vidgen import errors, samplers, sharding
 from vidgen.metrics import lpips, pixels
 from vidgen.nn import discriminator
+from vidgen.tasks import noising
 
 # One key a purpose: `fold_in(fold_in(key of the step, sample), purpose)`.
 _POSTERIOR, _FRAME = range(2)
@@ -117,12 +118,7 @@ def noise(
   key: Key[Array, ""], index: Int[Array, " b"], shape: tuple[int, ...]
 ) -> Float[Array, " b *shape"]:
   """Returns the noise of each sample's latents, of `shape`, unit variance."""
-  return samplers.normal(_keys(key, index, _POSTERIOR), shape)
-
-
-def _keys(key: Array, index: Array, purpose: int) -> Array:
-  fold = jax.random.fold_in
-  return jax.vmap(lambda i: fold(fold(key, i), purpose))(index)
+  return samplers.normal(noising.keys_of(key, index, _POSTERIOR), shape)
 
 
 def kl(posterior: Posterior) -> Float[Array, ""]:
@@ -163,11 +159,6 @@ def adaptive_weight(
   norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
   ratio = norm(nll) / (norm(adversarial) + 1e-4)
   return jnp.clip(ratio, 0, _MAX_ADAPTIVE)
-
-
-def to_signed(video: UInt8[Array, "b F H W 3"]) -> Float[Array, "b F H W 3"]:
-  """Maps bytes to [-1, 1], as the released code does."""
-  return video.astype(jnp.float32) / 127.5 - 1
 
 
 def side_by_side(
@@ -293,10 +284,11 @@ class AutoencoderTask:
       key: The step's own.
       step: Steps taken.
     """
-    x, index = to_signed(batch["video"]), batch["index"]
+    x, index = noising.to_signed(batch["video"]), batch["index"]
     run = lambda p: self._autoencode(p, x, index, key)
     (y, posterior), back = jax.vjp(run, params["vae"])
-    rate = lambda y: self._rate(frozen, x, y, _keys(key, index, _FRAME))
+    frames = noising.keys_of(key, index, _FRAME)
+    rate = lambda y: self._rate(frozen, x, y, frames)
     (nll, scalars), at_video = jax.value_and_grad(rate, has_aux=True)(y)
     divergence, at_posterior = jax.value_and_grad(kl)(posterior)
     scaled = jax.tree.map(lambda d: self.config.kl * d, at_posterior)
@@ -342,7 +334,7 @@ class AutoencoderTask:
     Raises:
       InputError: Frames that are too small for a metric.
     """
-    x = to_signed(video)
+    x = noising.to_signed(video)
     posterior = self.model.encode(params["vae"], x)
     y = self._decode(params["vae"], posterior.mean, x)
     y = jnp.round(255 * _to_unit(y)).astype(jnp.uint8)
