@@ -33,6 +33,10 @@ from vidgen.models import base
 LAYOUTS = ("published", "orbax")
 ORBAX = "orbax"
 
+# The name of the small model that the package carries.
+DEMO = "demo"
+_ASSETS = pathlib.Path(__file__).parent / "assets"
+
 # What of a repository is a model: no pickles, no weights outside a component,
 # no second set of weights in another precision.
 PATTERNS = (
@@ -62,13 +66,20 @@ def resolve(
   """Returns the folder of a checkpoint, fetched if it is not here.
 
   Args:
-    path_or_hub_id: A folder, or the id of a repository, "owner/name".
+    path_or_hub_id: A folder, the id of a repository, "owner/name", or "demo",
+      the model that the package carries; a folder of that name is "./demo".
     revision: A branch, a tag or a commit of the repository.
 
   Raises:
-    InputError: It is neither, or cannot be fetched.
+    InputError: It is none of these, or cannot be fetched.
   """
   text = os.fspath(path_or_hub_id)
+  if text == DEMO:
+    if revision is not None:
+      raise errors.InputError(
+        f"{DEMO}: comes with vidgen and has no revision {revision}; drop it."
+      )
+    return _ASSETS / DEMO
   folder = pathlib.Path(os.path.expanduser(text))
   if text and os.path.exists(folder):
     if not folder.is_dir():
@@ -189,14 +200,18 @@ def load_component(
 
 
 def convert(
-  source: str | os.PathLike, target: str | os.PathLike, layout: str
+  source: str | os.PathLike,
+  target: str | os.PathLike,
+  layout: str,
+  dtype: DTypeLike | None = None,
 ) -> None:
-  """Writes a checkpoint anew, in another layout; its weights keep their bits.
+  """Writes a checkpoint anew, in another layout or precision.
 
   Args:
-    source: A folder in either layout, or a hub id.
+    source: What `resolve` takes.
     target: A folder that is new or empty. It appears whole, at the end.
     layout: One of `LAYOUTS`.
+    dtype: Of the floating-point weights; with None they keep their bits.
 
   Raises:
     InputError: The target holds something, or the source is no checkpoint.
@@ -214,7 +229,7 @@ def convert(
     for part in ["", *parts]:
       copy_small(folder, part, draft)
     for component in components:
-      params = load_component(folder, component)
+      params = load_component(folder, component, dtype=dtype)
       home = draft / component.name
       if layout == "orbax":
         orbaxfile.save(home / ORBAX, params)

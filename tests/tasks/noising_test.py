@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vidgen import diffusion, errors
+from vidgen.data import loader
 from vidgen.models import base
 from vidgen.tasks import noising
 
@@ -270,3 +271,24 @@ def test_long_captions_are_cut_without_a_warning():
   plan = base.Plan.__new__(base.Plan)
   got = noising.tokens(model, ["a", "bb"], plan)
   assert got["ids"].tolist() == [[1, 1, 1], [2, 2, 2]]
+
+
+def test_long_captions_are_counted():
+  def inputs(prompts, images, plan):
+    import warnings
+
+    for prompt in prompts:
+      if len(prompt) > 3:
+        warnings.warn(f"{prompt}: too long", stacklevel=2)
+    return [{"ids": np.full((1, 3), len(p))} for p in prompts]
+
+  model = Guess()
+  model.inputs = inputs
+  plan = base.Plan.__new__(base.Plan)
+  captions = ["a", "long one", "bb", "longer one", "c", "d", "e", "f"]
+  given = loader.Batch(0, None, np.zeros((8, 1)), captions, captions)
+  got = noising.host_batch(model, given, plan, takes_image=False)
+  assert got[noising.CUT].tolist() == [0.25] * 8
+  batch = batch_of(8) | {noising.CUT: got[noising.CUT]}
+  _, scalars = noiser(Guess())(PARAMS, batch, jax.random.key(0))
+  assert scalars[noising.CUT] == 0.25

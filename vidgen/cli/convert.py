@@ -1,10 +1,12 @@
-"""Changes the layout of a checkpoint.
+"""Changes the layout of a checkpoint, or its precision.
 
-usage: vidgen convert --source=NAME --target=DIR --layout=published|orbax
+usage: vidgen convert --source=NAME --target=DIR --layout=LAYOUT [flags]
 
-  --source=NAME       a folder in either layout, or a hub id
+  --source=NAME       a folder in either layout, a hub id, or demo
   --target=DIR        a folder that is new or empty
   --layout=LAYOUT     published: as diffusers reads it; orbax: as runs save it
+  --dtype=NAME        of the weights: float32, bfloat16 or float16; without it
+                      they keep their bits
 
 example
   vidgen convert --source=THUDM/CogVideoX-2b --target=2b --layout=orbax
@@ -15,6 +17,7 @@ from absl import flags
 from vidgen import checkpoint, errors
 
 LAYOUTS = ("published", "orbax")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def define(values: flags.FlagValues, argv: list[str]) -> None:
@@ -23,6 +26,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_string("source", None, "", flag_values=values)
   flags.DEFINE_string("target", None, "", flag_values=values)
   flags.DEFINE_enum("layout", None, LAYOUTS, "", flag_values=values)
+  flags.DEFINE_enum("dtype", None, DTYPES, "", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:
@@ -31,5 +35,7 @@ def run(values: flags.FlagValues) -> None:
     if not values[name].value:
       raise errors.InputError(f"--{name} is missing; see --help.")
   source, target = values["source"].value, values["target"].value
-  checkpoint.convert(source, target, values["layout"].value)
+  checkpoint.convert(
+    source, target, values["layout"].value, values["dtype"].value
+  )
   print(f"{source} is now in {target}, in the {values['layout'].value} layout.")

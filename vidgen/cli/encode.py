@@ -37,11 +37,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   from vidgen import encode, train
   from vidgen.data import cache as caches
 
-  if not any(a.lstrip("-").split("=")[0] == "config" for a in argv[1:]):
-    raise errors.InputError(
-      "--config is missing; name the config of a training run, for example "
-      "--config=configs/demo_dit_train.py."
-    )
+  parse.require_config(argv, "configs/demo_dit_train.py")
   parse.define_config(values, argv, train.TrainConfig, "")
   options = encode.Options()
   flags.DEFINE_string("out", None, "", flag_values=values)

@@ -95,6 +95,24 @@ def define_config(
     getattr(config, field)[key] = _entry(name, kind, text)
 
 
+def require_config(argv: list[str], example: str) -> None:
+  """Checks that a config is named, of which there is no default.
+
+  Args:
+    argv: The command line.
+    example: The path of a config that would do.
+
+  Raises:
+    InputError: None is.
+  """
+  names = (a.lstrip("-").split("=")[0] for a in argv[1:] if a.startswith("-"))
+  if "config" not in names:
+    raise errors.InputError(
+      "--config is missing; name the config of a training run, for example "
+      f"--config={example}."
+    )
+
+
 def _take(argv: list[str], pattern: str) -> list[tuple[str, str]]:
   """Takes the flags whose names match out of `argv`, as (name, value)."""
   flag = re.compile(rf"--?({pattern})(?:=(.*))?", re.DOTALL)

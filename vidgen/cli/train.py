@@ -30,11 +30,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   # Imported here: --help needs none of it.
   from vidgen import train
 
-  if not any(a.lstrip("-").split("=")[0] == "config" for a in argv[1:]):
-    raise errors.InputError(
-      "--config is missing; name a config of a training run, for example "
-      "--config=configs/demo_vae_train.py."
-    )
+  parse.require_config(argv, "configs/demo_vae_train.py")
   parse.define_config(values, argv, train.TrainConfig, "")
   flags.DEFINE_string("workdir", None, "", flag_values=values)
 

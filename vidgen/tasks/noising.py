@@ -26,6 +26,8 @@ _TIMESTEP, _NOISE, _POSTERIOR, _TEXT, _IMAGE, _IMAGE_NOISE, _IMAGE_POSTERIOR = (
   range(7)
 )
 TEXT_DROPOUTS = ("empty", "zeros")
+# The share of captions that are longer than the model's text, a metric.
+CUT = "captions_cut"
 
 
 @dataclasses.dataclass
@@ -200,6 +202,8 @@ class Noising:
       total = jnp.maximum(inside.sum(), 1)
       name = f"loss_quarter_{i + 1}"
       scalars[name] = jnp.where(inside, errors_, 0).sum() / total
+    if CUT in batch:
+      scalars[CUT] = batch[CUT].mean()
     return mean, scalars
 
   def _latents(self, params, batch, keys):
@@ -273,11 +277,19 @@ def tokens(
   model: base.Model, captions: Sequence[str], plan: base.Plan
 ) -> dict[str, np.ndarray]:
   """Returns what conditioners read of captions; long ones are cut silently."""
-  with warnings.catch_warnings():
-    # The job counts them; a line for each caption would drown all else.
-    warnings.simplefilter("ignore", UserWarning)
+  return _tokens(model, captions, plan)[0]
+
+
+def _tokens(
+  model: base.Model, captions: Sequence[str], plan: base.Plan
+) -> tuple[dict[str, np.ndarray], int]:
+  """Returns what conditioners read, and how many captions were cut."""
+  with warnings.catch_warnings(record=True) as cuts:
+    # A line for each caption would drown all else: they are counted.
+    warnings.simplefilter("always", UserWarning)
     inputs = model.inputs(list(captions), None, plan)
-  return jax.tree.map(lambda *rows: np.concatenate(rows), *inputs)
+  arrays = jax.tree.map(lambda *rows: np.concatenate(rows), *inputs)
+  return arrays, len(cuts)
 
 
 def host_batch(
@@ -305,5 +317,7 @@ def host_batch(
     skipped |= set() if reads_text else {"text"}
     arrays = {n: x for n, x in batch.arrays.items() if n not in skipped}
   if "text" not in arrays:
-    arrays |= tokens(model, batch.captions, plan)
+    read, cut = _tokens(model, batch.captions, plan)
+    share = cut / len(batch.captions)
+    arrays |= read | {CUT: np.full(len(batch.captions), share, np.float32)}
   return arrays
