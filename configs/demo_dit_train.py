@@ -1,6 +1,8 @@
 r"""The small model itself, T5 and expert DiT, from moving shapes alone.
 
 vidgen train --config=configs/demo_vae_train.py --workdir=runs/demo_vae
+vidgen train --config=configs/demo_decoder_train.py --workdir=runs/demo_decoder
+vidgen encode --config=configs/demo_dit_train.py --out=runs/demo_cache
 vidgen train --config=configs/demo_dit_train.py --workdir=runs/demo_dit
 
 Hardware: 2 CPU cores, 4 GB.
@@ -29,6 +31,7 @@ def _data(**where: Any) -> loader.DataConfig:
     dataset="moving_shapes",
     data_dir="data",
     buckets=(buckets.Bucket(17, 64, 64, 16),),
+    cache="runs/demo_cache",
     where=where,
   )
 
@@ -41,7 +44,7 @@ def get_config() -> train.TrainConfig:
     task=diffusion.DiffusionTaskConfig(
       source=sources.Source(
         model=cogvideox.config_demo(word_tokenizer.vocab_size(words)),
-        parts={"vae": "runs/demo_vae/published"},
+        parts={"vae": "runs/demo_decoder/published"},
         scratch=("transformer", "text_encoder"),
         words=words,
       ),
@@ -60,18 +63,18 @@ def get_config() -> train.TrainConfig:
     ),
     stages=(
       train.Stage(
-        600,
+        1100,
         _data(background="black", motions=_FIRST, things=1),
         rate(1.5e-3, warmup_steps=50, schedule="constant"),
       ),
       train.Stage(
-        800,
+        500,
         _data(motions=_FIRST, things=1),
         rate(1.5e-3, schedule="constant"),
       ),
-      train.Stage(4000, _data(), rate(1.5e-3, schedule="constant")),
+      train.Stage(2600, _data(), rate(1.5e-3, schedule="constant")),
       train.Stage(
-        4000,
+        1800,
         _data(),
         rate(1.5e-3, schedule="linear", final=0.02),
         options={"timesteps": ((0, 1000, 1.0),)},

@@ -7,11 +7,10 @@ Hardware: 2 CPU cores, 4 GB.
 Cost: as a step of demo_dit_train.py for half as many videos, 200 times; the
 frozen text encoder and autoencoder are small.
 Expect: videos in the manner of the folder's, by `vidgen sample` with
---config.checkpoint=runs/demo_dit/published and
+--checkpoint=runs/demo_dit/published and
 --config.lora=runs/demo_lora/published/pytorch_lora_weights.safetensors. It
-reads the words of moving shapes alone: captions need them. The model is that of
-demo_dit_train.py; the videos need 17 frames or more, and are shown to it in
-64x64.
+reads the words of moving shapes alone: captions need them. The videos need 17
+frames or more, and are shown to it in 64x64.
 """
 
 from vidgen import adapters, optimizers, train

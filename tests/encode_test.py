@@ -206,7 +206,7 @@ def host_batch(config, out):
 def test_a_run_takes_its_own_cache_only(whole, data_dir, checkpoint, tmp_path):
   config, out = whole
   arrays = host_batch(config, out)
-  assert arrays.keys() == {"latents", "latents_std", "ids"}
+  assert arrays.keys() == {"latents", "latents_std", "ids", "captions_cut"}
   # A frozen text encoder may go along with latents alone.
   frozen = config_of(data_dir, checkpoint, IMAGES["shapes"])
   assert host_batch(frozen, out).keys() == arrays.keys()

@@ -31,7 +31,7 @@ PUBLISHED = {
   "THUDM/CogVideoX1.5-5B-I2V": cogvideox.config_1_5_5b_i2v(),
 }
 # What the demo's own runs publish.
-MADE_HERE = ("runs/demo_vae/published", "runs/demo_dit/published")
+MADE_HERE = tuple(f"runs/demo_{n}/published" for n in ("vae", "decoder", "dit"))
 # Of components, by their config.
 SHAPES = {}
 
@@ -153,7 +153,7 @@ def kinds(tree):
 
 def test_the_configs_are_there():
   names = ["2b", "5b", "5b_finetune", "5b_lora", "5b_i2v_finetune", "vae"]
-  demo = ["demo_vae", "demo_dit", "demo_lora"]
+  demo = ["demo_vae", "demo_decoder", "demo_dit", "demo_lora"]
   want = {f"cogvideox_{name}_train.py" for name in names}
   want |= {f"{name}_train.py" for name in demo}
   assert {path.name for path in CONFIGS} >= want

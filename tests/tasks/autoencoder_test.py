@@ -58,6 +58,9 @@ class _Linear:
   def drop_past(self, tree):
     return tree
 
+  def normalise(self, params, mean, std):
+    return {"in": params["in"] / std, "out": std[:, None] * params["out"]}
+
 
 _IDENTITY = {"vae": {"in": jnp.eye(3), "out": jnp.eye(3)}}
 
@@ -420,6 +423,23 @@ def test_videos_train_past_taps():
   for frames, moves in ((1, False), (2, True)):
     grads, _ = _run(task, params, _batch(frames))
     assert np.any(grads["vae"]["out"]) == moves
+
+
+def test_a_frozen_encoder_has_no_gradient():
+  task = _task(_small(), freeze_encoder=True)
+  params, batch = _init(task), _batch(1)
+  frozen, free = (
+    _run(t, params, batch)[0]["vae"] for t in (task, _task(_small()))
+  )
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(frozen["encoder"]))
+  decoders = (
+    weights.flatten(frozen["decoder"]),
+    weights.flatten(free["decoder"]),
+  )
+  for name, want in decoders[1].items():
+    scale = np.abs(want).max()
+    assert scale, name
+    np.testing.assert_allclose(decoders[0][name], want, atol=1e-5 * scale)
 
 
 def test_past_taps_start_at_zero():

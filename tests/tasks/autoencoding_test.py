@@ -128,3 +128,70 @@ def test_remat_changes_nothing():
   kept, again = gradients(False), gradients(True)
   for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())
+
+
+@pytest.mark.slow
+def test_a_normalised_start_and_its_frozen_encoder(data_dir, tmp_path):
+  config = config_of(data_dir)
+  config.task.samples = None
+  config = dataclasses.replace(config, num_steps=1, sample_every=0)
+  first = train.run(config, tmp_path / "first")
+  stage = tiny_training.stage(data_dir, 2, 2, shapes=((1, 32, 32),))
+  again = dataclasses.replace(
+    config.task,
+    checkpoint=str(first),
+    init_past_taps="random",
+    normalise=stage.data,
+    loss=autoencoder.AutoencoderLossConfig(
+      lpips=0.0, kl=0.0, freeze_encoder=True
+    ),
+  )
+  config = dataclasses.replace(
+    config, task=again, stages=(stage,), num_steps=2, ema_decay=0.5
+  )
+  second = train.run(config, tmp_path / "second")
+  encode = lambda folder: np.asarray(
+    diffusers.AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae")
+    .encode(frames_of(stage.data))
+    .latent_dist.mean.detach()
+  )
+  before, after = encode(first), encode(second)
+  axes = (0, 2, 3, 4)
+  np.testing.assert_allclose(after.mean(axes), 0, atol=0.3)
+  np.testing.assert_allclose(after.std(axes), 1, atol=0.3)
+  # The same latents but for a scale and a shift: training moved neither.
+  for old, new in zip(before.swapaxes(0, 1), after.swapaxes(0, 1), strict=True):
+    slope, shift = np.polyfit(old.ravel(), new.ravel(), 1)
+    np.testing.assert_allclose(new, slope * old + shift, atol=2e-4)
+
+
+def frames_of(data):
+  """Single frames as torch has them, `b 3 1 H W` in [-1, 1]."""
+  batches = list(loader.batches(data, seed=3, start=0, stop=64))
+  video = np.concatenate([batch.video for batch in batches])
+  return torch.from_numpy(video).permute(0, 4, 1, 2, 3) / 127.5 - 1
+
+
+def test_the_decoder_undoes_what_normalising_does():
+  model = cogvideox.create_autoencoder(small(), jnp.float32)
+  params = nn.unbox(model.init(jax.random.key(0)))
+  rng = np.random.default_rng(0)
+  video = jnp.asarray(rng.uniform(-1, 1, (1, 9, 32, 32, 3)), jnp.float32)
+  std = rng.uniform(0.5, 2, 4).astype(np.float32)
+  none = np.zeros(4, np.float32)
+  before = model.encode(params, video)
+  want = model.decode(params, before.mean)
+  normal = model.normalise(params, none, std)
+  after = model.encode(normal, video)
+  np.testing.assert_allclose(after.mean, before.mean / std, atol=1e-5)
+  logvar = before.logvar - 2 * np.log(std)
+  np.testing.assert_allclose(after.logvar, logvar, atol=1e-4)
+  got = model.decode(normal, after.mean)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_only_a_checkpoint_is_normalised(data_dir):
+  config = config_of(data_dir)
+  config.task.normalise = config.stages[0].data
+  with pytest.raises(errors.InputError, match="normalise is for a checkpoint"):
+    config.task.build(sharding.make_mesh(None))

@@ -49,6 +49,9 @@ class AutoencoderLossConfig:
     discriminator_layers: Layers of the critic that halve the video.
     freeze_past_taps: Whether batches of single frames leave the weights that
       are for past frames as they are.
+    freeze_encoder: Whether the decoder alone is trained, so that latents stay
+      what they are. An optimiser that has moved the encoder before goes on
+      moving it a little: start a run of its own for this.
   """
 
   l1: float = 1.0
@@ -64,6 +67,7 @@ class AutoencoderLossConfig:
   discriminator_features: int = 64
   discriminator_layers: int = 3
   freeze_past_taps: bool = False
+  freeze_encoder: bool = False
 
 
 def check(config: AutoencoderLossConfig) -> None:
@@ -112,6 +116,9 @@ class Autoencoder(Protocol):
 
   def drop_past(self, tree: PyTree) -> PyTree:
     """Returns a tree like the parameters with zeros for past frames."""
+
+  def normalise(self, params: PyTree, mean: Any, std: Any) -> PyTree:
+    """Returns parameters whose latents are `(latents - mean) / std`."""
 
 
 def noise(
@@ -250,6 +257,13 @@ class AutoencoderTask:
     params = jax.device_get(params)
     return {"lpips": jax.device_put(params, sharding.shardings(params, mesh))}
 
+  def frozen_shapes(self, mesh: Any) -> dict[str, PyTree]:
+    """Returns what `frozen` would, as shapes with shardings."""
+    if not self.config.lpips:
+      return {}
+    params = {"lpips": lpips.load(self.config.lpips_net, self._lpips_folder)}
+    return sharding.placed(params, sharding.shardings(params, mesh))
+
   def host_batch(self, batch: Any) -> dict[str, np.ndarray]:
     """Returns what of a batch of the loader's goes to the devices.
 
@@ -352,6 +366,8 @@ class AutoencoderTask:
 
   def _autoencode(self, params, x, index, key):
     posterior = self.model.encode(params, x)
+    if self.config.freeze_encoder:
+      posterior = jax.lax.stop_gradient(posterior)
     eps = noise(key, index, posterior.mean.shape[1:])
     latents = posterior.mean + jnp.exp(posterior.logvar / 2) * eps
     return self._decode(params, latents, x), posterior

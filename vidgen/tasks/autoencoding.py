@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 
 from vidgen import checkpoint, errors, publish, sharding
 from vidgen.data import buckets, loader
-from vidgen.tasks import autoencoder, sources
+from vidgen.tasks import autoencoder, noising, sources
 from vidgen.tasks.base import Sample
 
 VAE = "vae"
 _FPS = 8.0
+_STATISTICS = 256  # Clips that tell the statistics of latents.
 
 
 @dataclasses.dataclass
@@ -29,6 +30,10 @@ class AutoencoderTaskConfig:
       starts from random weights.
     init_past_taps: "zeros" starts the causal kernels with weights for the
       present frame only, so that single frames train a sound video model.
+    normalise: Clips, of which 256 decide the mean and the deviation of each
+      channel of the latents; the checkpoint is then changed so that they are 0
+      and 1, and what that does to the border of frames is for the decoder to
+      learn. One scaling factor cannot do it. None leaves it as it is.
     loss: What the loss consists of.
     dtype: What the networks compute in; weights in training are float32.
     remat: Whether the backward pass computes each residual block again: it
@@ -41,6 +46,7 @@ class AutoencoderTaskConfig:
   model: Any
   checkpoint: str | None = None
   init_past_taps: str = "random"
+  normalise: loader.DataConfig | None = None
   loss: autoencoder.AutoencoderLossConfig = dataclasses.field(
     default_factory=autoencoder.AutoencoderLossConfig
   )
@@ -55,6 +61,10 @@ class AutoencoderTaskConfig:
     if self.checkpoint is not None and self.init_past_taps != "random":
       raise errors.InputError(
         "config: init_past_taps has no effect on a checkpoint; drop one."
+      )
+    if self.checkpoint is None and self.normalise is not None:
+      raise errors.InputError(
+        "config: normalise is for a checkpoint; random weights need none."
       )
     autoencoder.check(self.loss)
     return AutoencoderRun(self, mesh)
@@ -105,7 +115,30 @@ class AutoencoderRun(autoencoder.AutoencoderTask):
     params = checkpoint.load_component(
       folder, self._component, shardings=places[VAE], dtype=jnp.float32
     )
+    if self._run.normalise is not None:
+      mean, std = self._statistics(params)
+      normal = self.model.normalise(params, mean, std)
+      params = jax.device_put(normal, places[VAE])
     return {VAE: params}
+
+  def _statistics(
+    self, params: PyTree
+  ) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
+    """The mean and the deviation of each channel of the latents."""
+    data = self._run.normalise
+    size = min(bucket.batch_size for bucket in loader.sized(data))
+    encode = jax.jit(
+      lambda video: self.model.encode(params, noising.to_signed(video)).mean
+    )
+    with sharding.use(self._mesh):
+      latents = [
+        np.asarray(encode(batch.video))
+        for batch in loader.batches(
+          data, seed=0, start=0, stop=-(-_STATISTICS // size)
+        )
+      ]
+    flat = np.concatenate([x.reshape(-1, x.shape[-1]) for x in latents])
+    return flat.mean(axis=0), flat.std(axis=0)
 
   def flops(self, bucket: buckets.Bucket) -> float | None:
     """Returns nothing: convolutions are not counted."""

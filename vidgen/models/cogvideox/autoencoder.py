@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
@@ -65,6 +67,41 @@ class Autoencoder:
       params, self.config, latents, dtype=self.dtype, remat=self.remat
     )
     return video.astype(jnp.float32)
+
+  def normalise(
+    self,
+    params: PyTree,
+    mean: Float[np.ndarray, " c"],
+    std: Float[np.ndarray, " c"],
+  ) -> PyTree:
+    """Returns parameters whose latents are `(latents - mean) / std`.
+
+    The encoder's are exactly that. The decoder undoes it, but for the border of
+    its first convolution, which is padded with zeros that mean the mean now.
+
+    Args:
+      params: The parameters, unboxed.
+      mean: Of each channel of the latents.
+      std: Its deviation.
+    """
+    params = jax.tree.map(np.asarray, params)
+    flat = traverse_util.flatten_dict(params)
+    out = ("encoder", "conv_out")
+    # The channels are the posterior's means, then its log variances.
+    scale = np.concatenate([1 / std, np.ones_like(std)])
+    shift = np.concatenate([-mean / std, -2 * np.log(std)])
+    flat[*out, "kernel"] = flat[*out, "kernel"] * scale
+    flat[*out, "bias"] = flat[*out, "bias"] * scale + shift
+    # What reads latents: the decoder's first layer, and its norms.
+    readers = ("conv_in", "scale", "shift")
+    for path in {p[:-1] for p in flat if p[0] == "decoder"}:
+      if path[-1] not in readers or (*path, "bias") not in flat:
+        continue
+      kernel = flat[*path, "kernel"]
+      taps = kernel.sum(axis=(0, 1, 2))
+      flat[*path, "bias"] = flat[*path, "bias"] + mean @ taps
+      flat[*path, "kernel"] = kernel * std[:, None]
+    return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat))
 
 
 def _drop_past(x: Array) -> Array:
