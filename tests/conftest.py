@@ -1,5 +1,10 @@
 """Eight CPU devices, and shapes checked in every function of vidgen."""
 
+import os
+
+# Before jax looks for devices: the TPU compiler would look for TPUs.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import jax
 import jaxtyping
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import (
   NamedSharding,
   PartitionSpec,
@@ -22,6 +23,13 @@ def put(
   return jax.block_until_ready(
     jax.make_array_from_callback(array.shape, place, lambda i: array[i])
   )
+
+
+def to_host(array: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
+  """Returns all of an array; of several processes, all must ask for it."""
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def replicated(place: Sharding) -> Sharding:

@@ -11,6 +11,7 @@ import torch
 from flax import linen as nn
 
 from tests import tiny_cogvideox, tiny_tokenizer
+from tests.parallel import equality
 from tests.parity import compare, transformer_test
 from vidgen import diffusion, errors, samplers, sharding, weights
 from vidgen.models import base, cogvideox
@@ -171,7 +172,7 @@ def test_remat_changes_memory_alone(words):
   params, (x0, noise, condition) = random_params(), batch()
   tokens = 16 + 3 * 2 * 3
   got, kept, scores = {}, {}, {}
-  for remat in ("none", "full", "dots"):
+  for remat in transformer.REMATS:
     model = make(SMALL, words, remat=remat)
     level = at(model, [100, 900])
     run = lambda p, m=model, n=level: loss(m, p, x0, noise, n, condition)
@@ -180,20 +181,19 @@ def test_remat_changes_memory_alone(words):
     residuals = jax.tree.leaves(residuals)
     kept[remat] = sum(x.size for x in residuals)
     scores[remat] = sum(x.shape[-2:] == (tokens, tokens) for x in residuals)
-  for remat in ("full", "dots"):
-    pairs = zip(
-      jax.tree.leaves(got["none"]), jax.tree.leaves(got[remat]), strict=True
-    )
-    for want, value in pairs:
-      np.testing.assert_allclose(
-        value, want, rtol=1e-6, atol=1e-6 * np.abs(want).max()
-      )
-  assert kept["full"] < kept["dots"] < kept["none"]
-  assert scores["none"] and not scores["full"] and not scores["dots"]
+  for remat in transformer.REMATS:
+    # What is computed again is rounded in another order; the bias that all keys
+    # share has a gradient of nothing but that.
+    assert equality.apart(got[remat], got["none"]) < 1e-6
+  sizes = [kept[name] for name in ("full", "attention", "dots", "none")]
+  assert sizes == sorted(set(sizes))
+  # Attention computes them again in any case.
+  assert not any(scores.values())
 
 
 def test_unknown_remat(words):
-  with pytest.raises(errors.InputError, match="known are none, full, dots"):
+  known = "known are none, full, attention, dots"
+  with pytest.raises(errors.InputError, match=known):
     make(SMALL, words, remat="some")
   module = transformer.Transformer(SMALL, remat="some")
   with pytest.raises(errors.InputError, match="remat: 'some'"):

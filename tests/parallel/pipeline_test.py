@@ -6,7 +6,6 @@ import pytest
 
 import vidgen
 from tests import tiny_cogvideox
-from vidgen import errors, sharding
 
 PROMPTS = ["a panda plays in the forest", "a red kite by the sea"]
 MESHES = [
@@ -45,22 +44,3 @@ def test_equals_one_device(mesh, folder, want):
     assert any(not leaf.sharding.is_fully_replicated for leaf in leaves)
   got = sample(pipeline)
   assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
-
-
-@pytest.mark.parametrize("mesh", [{"dta": 2}, {"data": 9}, {"data": 0}])
-def test_bad_meshes_are_errors(mesh):
-  with pytest.raises(errors.InputError, match="mesh"):
-    sharding.make_mesh(mesh)
-
-
-def test_minus_one_takes_the_rest():
-  mesh = sharding.make_mesh({"tensor": 2, "data": -1})
-  assert mesh.shape["data"] == 4
-
-
-def test_a_misspelled_axis_is_an_error():
-  with (
-    sharding.use(sharding.make_mesh({"data": 2})),
-    pytest.raises(ValueError, match="bacth"),
-  ):
-    sharding.constrain(jax.numpy.zeros((2, 2)), "bacth", None)

@@ -15,6 +15,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vidgen import sharding
+
 Frames = tuple[Array, ...]
 Bilinear = Callable[[Array, Frames], Array]
 
@@ -183,7 +185,13 @@ class _Conv(nn.Module):
     shape = (*shape, self.features)
     kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
     bias = self.param("bias", bias_init, shape[-1:], self.param_dtype)
-    return kernel.astype(self.dtype), bias.astype(self.dtype)
+    kernel = sharding.gathered(kernel.astype(self.dtype), *axes)
+    return kernel, sharding.gathered(bias.astype(self.dtype), *axes[-1:])
+
+
+def constrain(x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
+  """Keeps frames split over devices, along height and width, as they are."""
+  return sharding.constrain(x, "batch", None, "height", "width", None)
 
 
 class CausalConv3D(_Conv):
@@ -196,15 +204,15 @@ class CausalConv3D(_Conv):
   @nn.compact
   def __call__(self, x: Float[Array, "b f h w i"]) -> Float[Array, "b f h w o"]:
     kernel, bias = self.weights(3, 3, 3, x.shape[-1])
-    x = x.astype(self.dtype)
+    x = constrain(x.astype(self.dtype))
     history = None
     if self.has_variable("cache", "history"):
       history = self.get_variable("cache", "history")
     if self.is_mutable_collection("cache") and not self.is_initializing():
       before = x[:, :1] if history is None else history[:, 1:]
       last = jnp.concatenate([before, x[:, -2:]], axis=1)[:, -2:]
-      self.put_variable("cache", "history", last)
-    return causal_conv3d(x, kernel, bias, history)
+      self.put_variable("cache", "history", constrain(last))
+    return constrain(causal_conv3d(x, kernel, bias, history))
 
 
 class PointwiseConv3D(_Conv):
@@ -222,7 +230,9 @@ class DownsampleConv2D(_Conv):
   @nn.compact
   def __call__(self, x: Float[Array, "b f h w i"]) -> Float[Array, "b f y x o"]:
     kernel, bias = self.weights(3, 3, x.shape[-1])
-    return _per_frame(x.astype(self.dtype), kernel, 2, ((0, 1), (0, 1))) + bias
+    x = constrain(x.astype(self.dtype))
+    y = _per_frame(x, kernel, 2, ((0, 1), (0, 1)))
+    return constrain(y + bias)
 
 
 class UpsampleConv2D(_Conv):
@@ -233,4 +243,5 @@ class UpsampleConv2D(_Conv):
     self, x: Float[Array, "b f h w i"]
   ) -> Float[Array, "b f 2*h 2*w o"]:
     kernel, bias = self.weights(3, 3, x.shape[-1])
-    return upsample_conv2d(x.astype(self.dtype), kernel, bias)
+    x = constrain(x.astype(self.dtype))
+    return constrain(upsample_conv2d(x, kernel, bias))

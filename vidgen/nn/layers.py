@@ -1,53 +1,115 @@
 """Dense layers whose parameters carry logical axes, and updates of low rank."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import ad_checkpoint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vidgen import sharding
+
 # The variable collection that holds updates of low rank, and the name under
 # which a checkpoint policy finds what dense layers give.
 LORA = "lora"
 SAVED = "dense"
 
+# The logical axis of a kernel whose channels are heads.
+HEADS = "heads"
+
 
 def low_rank(
-  module: nn.Module, x: Float[Array, "*n i"], dtype: DTypeLike
+  module: nn.Module,
+  x: Float[Array, "*n i"],
+  dtype: DTypeLike,
+  widen: Callable[[Array, int], Array] = lambda x, axis: x,
 ) -> Float[Array, "*n o"] | None:
   """Returns what a LoRA adds to the output of `module`, or None without one.
 
   Hu et al., https://arxiv.org/abs/2106.09685: (x A) B, with `down` = A of
   `[in, rank]` and `up` = B of `[rank, out]` in the collection `LORA` at the
   module's own path. A factor, alpha / rank, is part of `up` as it stands there.
+
+  Args:
+    module: Whose input and output it is beside.
+    x: The input.
+    dtype: What is computed in.
+    widen: What is done to axis 0, the input's, and 1, the output's, of a
+      kernel before use.
   """
   if not module.has_variable(LORA, "down"):
     return None
   down, up = (module.get_variable(LORA, name) for name in ("down", "up"))
+  down, up = widen(down, 0), widen(up, 1)
   return x.astype(dtype) @ down.astype(dtype) @ up.astype(dtype)
 
 
 class Dense(nn.Module):
-  """Flax's dense layer, which adds a LoRA where there is one for it."""
+  """Flax's dense layer, which adds a LoRA where there is one for it.
+
+  Weights are computed with in `dtype`, gathered from where they are stored.
+  Heads that the mesh does not divide are joined by heads of zeros, so that no
+  activation is gathered because of them; nothing comes of those.
+
+  Attributes:
+    features: Of the output, as it is stored.
+    use_bias: Whether there is one.
+    axes: Logical axes of the kernel, `[in, out]`.
+    kernel_init: Of the kernel.
+    bias_init: Of the bias.
+    heads: How many heads the axis "heads" has; None leaves it as it is.
+    dtype: What is computed in.
+    param_dtype: What parameters are made in.
+  """
 
   features: int
   use_bias: bool
+  axes: tuple[str | None, str | None]
   kernel_init: nn.initializers.Initializer
   bias_init: nn.initializers.Initializer
+  heads: int | None
   dtype: DTypeLike
   param_dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-    shape = (x.shape[-1], self.features)
-    kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-    y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+    boxed = nn.with_logical_partitioning
+    inputs = x.shape[-1]
+    if self.heads is not None and self.axes[0] == HEADS:
+      inputs = inputs // padded_heads(self.heads) * self.heads
+    shape = (inputs, self.features)
+    kernel_init = boxed(self.kernel_init, self.axes)
+    kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
+    kernel = sharding.gathered(kernel.astype(self.dtype), *self.axes)
+    y = x.astype(self.dtype) @ self._widen(self._widen(kernel, 0), 1)
     if self.use_bias:
-      bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
-      y = y + bias.astype(self.dtype)
-    update = low_rank(self, x, self.dtype)
+      bias_init = boxed(self.bias_init, self.axes[1:])
+      bias = self.param("bias", bias_init, shape[1:], self.param_dtype)
+      y = y + self._widen(bias.astype(self.dtype), 1)
+    update = low_rank(self, x, self.dtype, self._widen)
     y = y if update is None else y + update
     return ad_checkpoint.checkpoint_name(y, SAVED)
+
+  def _widen(self, x: Array, axis: int) -> Array:
+    """Adds heads of zeros to what goes along an axis of the kernel."""
+    if self.heads is None or self.axes[axis] != HEADS:
+      return x
+    extra = padded_heads(self.heads) - self.heads
+    if not extra:
+      return x
+    at = axis if x.ndim == 2 else 0
+    pad = [(0, 0)] * x.ndim
+    pad[at] = (0, x.shape[at] // self.heads * extra)
+    x = jnp.pad(x, pad)
+    axes = [None] * x.ndim
+    axes[at] = HEADS
+    return sharding.constrain(x, *axes)
+
+
+def padded_heads(heads: int) -> int:
+  """Returns how many heads are computed, for the mesh to divide them."""
+  return heads + -heads % sharding.parts(1, "activation_heads")
 
 
 def dense(
@@ -57,16 +119,21 @@ def dense(
   name: str,
   use_bias: bool = True,
   kernel_init: nn.initializers.Initializer | None = None,
+  heads: int | None = None,
   dtype: DTypeLike = jnp.float32,
   param_dtype: DTypeLike = jnp.float32,
 ) -> Dense:
-  """Returns a dense layer whose kernel `[in, out]` has the logical `axes`."""
-  kernel_init = kernel_init or nn.initializers.xavier_uniform()
+  """Returns a dense layer whose kernel `[in, out]` has the logical `axes`.
+
+  Its parameters, and `heads`, are those of `Dense`.
+  """
   return Dense(
     features,
     use_bias,
-    kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+    axes,
+    kernel_init=kernel_init or nn.initializers.xavier_uniform(),
+    bias_init=nn.initializers.zeros,
+    heads=heads,
     dtype=dtype,
     param_dtype=param_dtype,
     name=name,

@@ -6,6 +6,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vidgen import sharding
+
 
 class LayerNorm(nn.Module):
   """Layer norm over the last axis, affine, in float32.
@@ -28,6 +30,19 @@ class LayerNorm(nn.Module):
     variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
     x = (x - mean) * jax.lax.rsqrt(variance + self.eps)
     return x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+
+  def longest(self) -> Float[Array, ""]:
+    """Bounds the norm of any result, by the parameters; without a gradient."""
+
+    def param(name: str) -> Array:
+      value = self.get_variable("params", name)
+      if isinstance(value, nn.Partitioned):  # While they are made.
+        value = value.unbox(apply_constraint=False)
+      return jax.lax.stop_gradient(value.astype(jnp.float32))
+
+    scale, bias = param("scale"), param("bias")
+    root = scale.shape[-1] ** 0.5
+    return root * jnp.max(jnp.abs(scale)) + jnp.linalg.norm(bias)
 
 
 class RMSNorm(nn.Module):
@@ -76,9 +91,14 @@ class GroupNorm(nn.Module):
     """Averages a group, one axis at a time.
 
     Channels go last, because rows of channels add up in vectors; short sums of
-    short sums also round less than one long sum.
+    short sums also round less than one long sum. Where frames are split over
+    devices, each averages its own part, and one small sum joins them.
     """
-    b, c = x.shape[0], x.shape[-1]
-    x = x.mean(2).mean(2).mean(1).reshape(b, self.groups, -1)
+    b, f, h, w, c = x.shape
+    rows, columns = sharding.grid()
+    if h % rows or w % columns:
+      rows = columns = 1
+    x = x.reshape(b, f, rows, h // rows, columns, w // columns, c)
+    x = x.mean(3).mean(4).mean(1).mean((1, 2)).reshape(b, self.groups, -1)
     x = jnp.broadcast_to(x.mean(2, keepdims=True), x.shape)
     return x.reshape(b, 1, 1, 1, c)

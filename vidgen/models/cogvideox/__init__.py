@@ -26,6 +26,15 @@ PIPELINES = (
   "CogVideoXVideoToVideoPipeline",
 )
 
+# The published checkpoints, by hub id.
+PUBLISHED = {
+  "THUDM/CogVideoX-2b": config_2b,
+  "THUDM/CogVideoX-5b": config_5b,
+  "THUDM/CogVideoX-5b-I2V": config_5b_i2v,
+  "THUDM/CogVideoX1.5-5B": config_1_5_5b,
+  "THUDM/CogVideoX1.5-5B-I2V": config_1_5_5b_i2v,
+}
+
 
 def open_model(folder: pathlib.Path, dtype: DTypeLike) -> CogVideoX:
   """Returns the model of a checkpoint; its parameters are loaded apart."""
@@ -56,6 +65,7 @@ def create_autoencoder(
 
 __all__ = [
   "PIPELINES",
+  "PUBLISHED",
   "Autoencoder",
   "CogVideoX",
   "Config",

@@ -64,12 +64,15 @@ class CogVideoX:
     tokenizer: The checkpoint's own.
     remat: What of the transformer is kept for the backward pass; see
       `transformer.Transformer`.
+    attention: The implementation of the transformer's attention; None is the
+      fastest of the platform.
   """
 
   config: Config
   dtype: DTypeLike
   tokenizer: tokenizer.Tokenizer
   remat: str = "none"
+  attention: str | None = None
 
   def __post_init__(self):
     transformer.check_remat(self.remat)
@@ -88,6 +91,11 @@ class CogVideoX:
   @property
   def latent_channels(self) -> int:
     return self.config.vae.latent_channels
+
+  @property
+  def heads(self) -> int:
+    """Heads of the transformer's attention, which a mesh may split."""
+    return self.config.transformer.num_attention_heads
 
   @property
   def takes_image(self) -> bool:
@@ -276,8 +284,12 @@ class CogVideoX:
     condition: dict[str, Array],
   ) -> Float[Array, "b f h w c"]:
     """v, in float32."""
+    transformer.check_attention(self.attention)
     module = transformer.Transformer(
-      self.config.transformer, dtype=self.dtype, remat=self.remat
+      self.config.transformer,
+      dtype=self.dtype,
+      remat=self.remat,
+      attention=self.attention,
     )
     inputs = x
     if "image" in condition:

@@ -16,31 +16,39 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
 
-from vidgen import errors
+from vidgen import errors, layouts
 from vidgen.models.cogvideox import positions
 from vidgen.nn import attention, embeddings, layers, norm, rope
-from vidgen.sharding import constrain
+from vidgen.sharding import constrain, gathered, parts, platform
 
 # What the offset embedding of CogVideoX1.5-5B-I2V is asked for, always.
 _OFS = 2.0
 
 # What the backward pass keeps of a block's forward pass, next to its input; the
 # rest is computed again. None keeps all. Attention scores are never kept by
-# "dots": it is the outputs of dense layers that are dear to compute again.
+# "dots": it is the outputs of dense layers that are dear to compute again, and
+# for "attention" its own.
 _policies = jax.checkpoint_policies
-_REMAT: dict[str, Callable | None] = {
+REMATS: dict[str, Callable | None] = {
   "none": None,
   "full": _policies.nothing_saveable,
+  "attention": _policies.save_only_these_names(attention.SAVED),
   "dots": _policies.save_only_these_names(layers.SAVED),
 }
 
 
 def check_remat(name: str) -> None:
   """Raises InputError unless `name` is a way to save memory in training."""
-  if name not in _REMAT:
+  if name not in REMATS:
     raise errors.InputError(
-      f"remat: {name!r} is unknown; known are {', '.join(_REMAT)}."
+      f"remat: {name!r} is unknown; known are {', '.join(REMATS)}."
     )
+
+
+def check_attention(name: str | None) -> None:
+  """Raises InputError unless attention of this name can run here."""
+  if reason := attention.unavailable(name, platform()):
+    raise errors.InputError(f"attention: {reason}.")
 
 
 @dataclasses.dataclass
@@ -126,6 +134,7 @@ class Modulation(nn.Module):
       kernel_init=nn.initializers.zeros,
       param_dtype=self.param_dtype,
     )(nn.silu(temb))
+    out = constrain(out, "batch", "activation_embed")
     video, text = jnp.split(out[:, None], 2, axis=-1)
     is_text = is_text[:, None] > 0
     pick = lambda t, v: jnp.where(is_text, t, v)
@@ -136,10 +145,21 @@ class Modulation(nn.Module):
 
 
 class SelfAttention(nn.Module):
-  """Joint attention of text and video; each head norms queries and keys."""
+  """Joint attention of text and video; each head norms queries and keys.
+
+  Attributes:
+    heads: Heads.
+    head_dim: Channels of a head.
+    num_keys: Tokens that are no padding.
+    implementation: Of attention; see `attention.attention`.
+    dtype: What is computed in.
+    param_dtype: What parameters are made in.
+  """
 
   heads: int
   head_dim: int
+  num_keys: int
+  implementation: str | None = None
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
@@ -151,25 +171,35 @@ class SelfAttention(nn.Module):
     | None,
   ) -> Float[Array, "b n d"]:
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    dtypes |= {"heads": self.heads}
     dim = self.heads * self.head_dim
 
     def project(name: str) -> Array:
       y = layers.dense(dim, ("embed", "heads"), name=name, **dtypes)(x)
-      y = y.reshape(*y.shape[:2], self.heads, self.head_dim)
+      y = y.reshape(*y.shape[:2], -1, self.head_dim)
       return constrain(y, "batch", "tokens", "activation_heads", "head_dim")
 
-    def normed(name: str) -> Array:
-      scale = norm.LayerNorm(1e-6, self.param_dtype, name=f"{name}_norm")
-      y = scale(project(name))
+    def normed(name: str) -> tuple[Array, Array]:
+      normalize = norm.LayerNorm(1e-6, self.param_dtype, name=f"{name}_norm")
+      y = normalize(project(name))
       if rotation is not None:
         y = rope.rotate(y, *rotation)
-      return y.astype(self.dtype)
+      return y.astype(self.dtype), normalize.longest()
 
-    out = attention.attention(normed("query"), normed("key"), project("value"))
-    out = out.reshape(*x.shape[:2], dim)
-    return layers.dense(x.shape[-1], ("heads", "embed"), name="out", **dtypes)(
+    (q, longest_q), (k, longest_k) = normed("query"), normed("key")
+    out = attention.attention(
+      q,
+      k,
+      project("value"),
+      num_keys=self.num_keys,
+      bound=longest_q * longest_k / self.head_dim**0.5,
+      implementation=self.implementation,
+    )
+    out = out.reshape(*x.shape[:2], -1)
+    out = layers.dense(x.shape[-1], ("heads", "embed"), name="out", **dtypes)(
       out
     )
+    return constrain(out, "batch", "tokens", "activation_embed")
 
 
 class FeedForward(nn.Module):
@@ -185,7 +215,8 @@ class FeedForward(nn.Module):
     y = layers.dense(self.hidden, ("embed", "mlp"), name="in", **dtypes)(x)
     y = constrain(y, "batch", "tokens", "activation_mlp")
     y = nn.gelu(y.astype(jnp.float32), approximate=True).astype(self.dtype)
-    return layers.dense(x.shape[-1], ("mlp", "embed"), name="out", **dtypes)(y)
+    y = layers.dense(x.shape[-1], ("mlp", "embed"), name="out", **dtypes)(y)
+    return constrain(y, "batch", "tokens", "activation_embed")
 
 
 class Block(nn.Module):
@@ -198,6 +229,8 @@ class Block(nn.Module):
   heads: int
   head_dim: int
   norm_eps: float
+  num_keys: int
+  implementation: str | None = None
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
 
@@ -212,7 +245,12 @@ class Block(nn.Module):
   ) -> tuple[Float[Array, "b n d"], None]:
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     attend = SelfAttention(
-      self.heads, self.head_dim, name="attention", **dtypes
+      self.heads,
+      self.head_dim,
+      self.num_keys,
+      self.implementation,
+      name="attention",
+      **dtypes,
     )
     feed = FeedForward(4 * x.shape[-1], name="feed_forward", **dtypes)
     x = self._gated("1", x, temb, is_text, lambda y: attend(y, rotation))
@@ -263,7 +301,8 @@ class PatchEmbed(nn.Module):
     kernel = self.param("kernel", boxed, shape, self.param_dtype)
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
     bias = self.param("bias", zeros, (self.features,), self.param_dtype)
-    kernel = kernel.reshape(-1, self.features).astype(self.dtype)
+    kernel = gathered(kernel.astype(self.dtype), *names)
+    kernel = kernel.reshape(-1, self.features)
     y = x @ kernel + bias.astype(self.dtype)
     update = layers.low_rank(self, x, self.dtype)
     return y if update is None else y + update
@@ -279,13 +318,16 @@ class Transformer(nn.Module):
     dtype: What is computed in.
     param_dtype: What parameters are made in.
     remat: What is kept for the backward pass: "none" keeps all, "full" the
-      input of each block, "dots" what its dense layers give, too.
+      input of each block, "attention" what it gives, too, "dots" what dense
+      layers give.
+    attention: Its implementation; None is the fastest of the platform.
   """
 
   config: TransformerConfig
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
   remat: str = "none"
+  attention: str | None = None
 
   @nn.compact
   def __call__(
@@ -299,16 +341,21 @@ class Transformer(nn.Module):
     p = config.patch_size
     grid = (f // (config.patch_size_t or 1), h // p, w // p)
     length = text.shape[1]
+    layouts.check_heads(config.num_attention_heads, len(latents))
 
     temb = self._embed_time(timestep)
-    x = PatchEmbed(
+    video = PatchEmbed(
       config.dim, p, config.patch_size_t, name="patch_embed", **dtypes
     )(latents)
     text = layers.dense(
       config.dim, ("conditioning", "embed"), name="text_embed", **dtypes
     )(text.astype(self.dtype))
-    x = jnp.concatenate([text, x], axis=1)
-    x = self._add_positions(x, grid, length, frames=f)
+    text, video = self._add_positions(text, video, grid, frames=f)
+    tokens = length + video.shape[1]
+    # Padding stands at the end; no token attends to it.
+    pad = -tokens % parts(len(latents), "tokens")
+    x = jnp.concatenate([text, video], axis=1)
+    x = jnp.pad(x, [(0, 0), (0, pad), (0, 0)])
     x = constrain(x, "batch", "tokens", "activation_embed")
 
     is_text = (jnp.arange(x.shape[1]) < length).astype(jnp.float32)
@@ -323,16 +370,18 @@ class Transformer(nn.Module):
       config.num_attention_heads,
       config.attention_head_dim,
       config.norm_eps,
+      tokens,
+      self.attention,
       name="blocks",
       **dtypes,
     )
-    x, _ = blocks(x, temb, is_text, self._rotation(grid, length))
-    return self._head(x[:, length:], temb, grid)
+    x, _ = blocks(x, temb, is_text, self._rotation(grid, length, pad))
+    return self._head(x, temb, grid, length)
 
   def _block(self) -> type[nn.Module]:
     """The block, under the policy of `remat`; its parameters stay the same."""
     check_remat(self.remat)
-    policy = _REMAT[self.remat]
+    policy = REMATS[self.remat]
     if policy is None:
       return Block
     # Within a scan, nothing can be merged with what is computed again.
@@ -351,7 +400,7 @@ class Transformer(nn.Module):
       temb = temb + mlp(config.ofs_embed_dim, "ofs_embedding")(ofs)
     return temb
 
-  def _add_positions(self, x, grid, length, frames):
+  def _add_positions(self, text, video, grid, frames):
     """Adds the learned or the sincos table, where the model has one."""
     config = self.config
     if config.use_learned_positional_embeddings:
@@ -362,20 +411,22 @@ class Transformer(nn.Module):
       table = self.param("pos_embedding", init, shape, self.param_dtype)
       pixels = (frames - 1) * config.temporal_compression_ratio + 1
       if pixels == config.sample_frames:
-        return x + table.astype(x.dtype)
+        table = table.astype(video.dtype)
+        length = text.shape[1]
+        return text + table[:, :length], video + table[:, length:]
       # diffusers silently falls back to sincos at another length: parity.
     elif config.use_rotary_positional_embeddings:
-      return x
+      return text, video
     table = positions.sincos_table(
       grid,
       config.dim,
       config.spatial_interpolation_scale,
       config.temporal_interpolation_scale,
     )
-    return x.at[:, length:].add(table.astype(x.dtype))
+    return text, video + table.astype(video.dtype)
 
-  def _rotation(self, grid, length):
-    """Cosines and sines of every token; the text is not rotated."""
+  def _rotation(self, grid, length, pad):
+    """Cosines and sines of every token; text and padding are not rotated."""
     config = self.config
     if not config.use_rotary_positional_embeddings:
       return None
@@ -388,14 +439,13 @@ class Transformer(nn.Module):
     )
     d = config.attention_head_dim
     cos, sin = rope.tables(where, (d // 4, d // 8 * 3, d // 8 * 3))
-    still = lambda value: jnp.full((length, d), value, jnp.float32)
-    return (
-      jnp.concatenate([still(1.0), cos]),
-      jnp.concatenate([still(0.0), sin]),
+    around = lambda x, still: jnp.pad(
+      x, [(length, pad), (0, 0)], constant_values=still
     )
+    return around(cos, 1.0), around(sin, 0.0)
 
-  def _head(self, x, temb, grid):
-    """Norms, modulates and projects the video tokens; float32."""
+  def _head(self, x, temb, grid, length):
+    """Norms, modulates and projects tokens, and gives the video's; float32."""
     config, param_dtype = self.config, self.param_dtype
     p, t = config.patch_size, config.patch_size_t or 1
     x = norm.LayerNorm(config.norm_eps, param_dtype, name="norm_final")(x)
@@ -405,6 +455,7 @@ class Transformer(nn.Module):
       name="modulation_out",
       param_dtype=param_dtype,
     )(nn.silu(temb))
+    modulation = constrain(modulation, "batch", "activation_embed")
     shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
     x = norm.LayerNorm(config.norm_eps, param_dtype, name="norm_out")(x)
     x = layers.dense(
@@ -414,6 +465,8 @@ class Transformer(nn.Module):
       param_dtype=param_dtype,
     )(x * (1 + scale) + shift)
     f, h, w = grid
+    # Small now: tokens of 64 channels are whole on every device again.
+    x = constrain(x, "batch", None, None)[:, length : length + f * h * w]
     x = x.reshape(-1, f, h, w, config.out_channels, t, p, p)
     x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
     return x.reshape(-1, f * t, h * p, w * p, config.out_channels)

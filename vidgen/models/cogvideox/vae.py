@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from vidgen import errors
+from vidgen import errors, sharding
 from vidgen.models.cogvideox import chunks
 from vidgen.nn.conv import (
   CausalConv3D,
@@ -203,8 +203,14 @@ class Encoder(nn.Module):
   param_dtype: DTypeLike = jnp.float32
   remat: bool = False
 
-  @nn.compact
   def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b l y x m"]:
+    ratio = 2 ** (len(self.block_out_channels) - 1)
+    # Every level must divide over the devices: the coarsest decides.
+    with sharding.frames(x.shape[0], x.shape[2] // ratio, x.shape[3] // ratio):
+      return self._encode(x)
+
+  @nn.compact
+  def _encode(self, x):
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
     resnet = lambda width, name: block(
@@ -223,7 +229,8 @@ class Encoder(nn.Module):
       x = resnet(width, f"mid_resnet_{j}")(x)
     x = GroupNorm(self.groups, _EPS, self.param_dtype, name="norm_out")(x)
     x = nn.silu(x).astype(self.dtype)
-    return CausalConv3D(2 * self.latent_channels, **types, name="conv_out")(x)
+    x = CausalConv3D(2 * self.latent_channels, **types, name="conv_out")(x)
+    return sharding.settle(x)
 
 
 class Decoder(nn.Module):
@@ -239,8 +246,12 @@ class Decoder(nn.Module):
   param_dtype: DTypeLike = jnp.float32
   remat: bool = False
 
-  @nn.compact
   def __call__(self, z: Float[Array, "b l y x k"]) -> Float[Array, "b f h w c"]:
+    with sharding.frames(z.shape[0], *z.shape[2:4]):
+      return self._decode(z)
+
+  @nn.compact
+  def _decode(self, z):
     types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
     resnet = lambda width, name: block(
@@ -259,7 +270,8 @@ class Decoder(nn.Module):
         x = _double_time(x) if i < self.time_levels else x
     x = SpatialNorm(self.groups, self.param_dtype, name="norm_out")(x, z)
     x = nn.silu(x).astype(self.dtype)
-    return CausalConv3D(self.out_channels, **types, name="conv_out")(x)
+    x = CausalConv3D(self.out_channels, **types, name="conv_out")(x)
+    return sharding.settle(x)
 
 
 def _network(

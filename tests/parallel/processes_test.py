@@ -1,0 +1,74 @@
+"""Two processes with four devices each are one process with eight."""
+
+import pathlib
+import socket
+import subprocess
+import sys
+
+from tests.parallel import equality
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+_WORKER = """
+import hashlib
+import sys
+
+import jax
+
+port, rank, count, folder = sys.argv[1:]
+count = int(count)
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_num_cpu_devices", 8 // count)
+# The same sums in the same order, be they within a process or between two.
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", count, int(rank))
+
+import pathlib
+from tests.parallel import equality
+from vidgen import placement
+
+equality.folder = lambda variant: pathlib.Path(folder)
+said = [jax.device_count()]
+for job in ("sample", "train"):
+  case = equality.Case("5b", "cfg x context x fsdp", job)
+  result = case.run(case.variant, case.layout)
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(result):
+    if isinstance(leaf, jax.Array):
+      leaf = placement.to_host(leaf)
+    digest.update(leaf.tobytes())
+  said.append(digest.hexdigest())
+print(*said)
+"""
+
+
+def _run(count: int, folder: pathlib.Path) -> set[str]:
+  """What the processes of one run say: devices, and hashes of results."""
+  with socket.socket() as server:
+    server.bind(("localhost", 0))
+    port = server.getsockname()[1]
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", _WORKER, *map(str, (port, rank, count, folder))],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      cwd=ROOT,
+    )
+    for rank in range(count)
+  ]
+  said = set()
+  for child in children:
+    out, error = child.communicate(timeout=600)
+    assert child.returncode == 0, error[-3000:]
+    said.add(out.strip().splitlines()[-1])
+  return said
+
+
+def test_two_processes_are_one():
+  """Latents and gradients, bit for bit."""
+  folder = equality.folder("5b")
+  one, two = _run(1, folder), _run(2, folder)
+  assert len(one) == 1
+  assert one == two
+  assert next(iter(one)).startswith("8 ")
