@@ -10,11 +10,12 @@ import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
@@ -186,17 +187,48 @@ def open_folder(config: TrainConfig, workdir: str | pathlib.Path) -> runs.Run:
 
 
 def _publish(task, state, frozen, workdir):
-  """Writes what was trained, in the place of what an earlier end wrote."""
-  target, draft = workdir / PUBLISHED, workdir / f".{PUBLISHED}"
-  old = workdir / f".{PUBLISHED}.old"
+  """Writes what was trained, in the place of what an earlier end wrote.
+
+  Process 0 alone writes, once all have handed it their parts.
+  """
+  target = workdir / PUBLISHED
+  params, frozen = _whole(trained(state)), _whole(frozen)
+  if jax.process_index() == 0:
+    _replace(target, lambda draft: task.publish(draft, params, frozen))
+  _meet("published")
+  return target
+
+
+def _whole(tree: PyTree) -> PyTree:
+  """Returns arrays that this process can read, whoever holds their parts."""
+
+  def one(x: Array) -> Any:
+    if x.is_fully_addressable or x.is_fully_replicated:
+      return x
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(one, tree)
+
+
+def _meet(name: str) -> None:
+  """Waits for the other processes."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def _replace(
+  target: pathlib.Path, write: Callable[[pathlib.Path], None]
+) -> None:
+  """Puts a folder that `write` fills in the place of another."""
+  draft = target.with_name(f".{target.name}")
+  old = target.with_name(f".{target.name}.old")
   for leftover in (draft, old):
     shutil.rmtree(leftover, ignore_errors=True)
-  task.publish(draft, trained(state), frozen)
+  write(draft)
   if target.exists():
     target.rename(old)
   draft.rename(target)
   shutil.rmtree(old, ignore_errors=True)
-  return target
 
 
 def trained(state: train_step.State) -> dict[str, PyTree]:
@@ -364,6 +396,8 @@ def _samples(task, state, frozen, folder, meter, done):
   """Makes the fixed samples, as files and for TensorBoard."""
   with meter.timing("sample"):
     samples = task.samples(trained(state), frozen)
+    if jax.process_index() != 0:
+      return
     home = folder.path / "samples" / f"{done:09d}"
     home.mkdir(parents=True, exist_ok=True)
     for sample in samples:

@@ -15,9 +15,17 @@ The same command goes on where the last one ended. It ends with exit code 0 when
 done, 75 when it was asked to stop (SIGTERM) and saved, and 4 when training
 diverged.
 
+On several hosts it is started on each; launch/README.md says how. TPU slices,
+GKE and SLURM tell each process its place; elsewhere VIDGEN_PROCESS=I of
+VIDGEN_PROCESSES=N, and VIDGEN_COORDINATOR=HOST:PORT of process 0, do. One that
+is lost ends the others within VIDGEN_HEARTBEAT seconds (60), with exit code 75.
+
 example
   vidgen train --config=configs/demo_vae_train.py --workdir=runs/demo_vae
 """
+
+import dataclasses
+import os
 
 from absl import flags
 
@@ -37,12 +45,15 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
 
 def run(values: flags.FlagValues) -> None:
   """Trains, and says where the result is."""
-  from vidgen import train
+  from vidgen import hosts, train
 
   if not values["workdir"].value:
     raise errors.InputError(
       "--workdir is missing; name the run's folder, --workdir=runs/NAME."
     )
   cache.enable()
-  published = train.run(values["config"].value, values["workdir"].value)
+  config, workdir = values["config"].value, values["workdir"].value
+  what = {"config": dataclasses.asdict(config), "workdir": workdir}
+  with hosts.joined(os.environ, what):
+    published = train.run(config, workdir)
   print(f"Trained; the result is in {published}.")
