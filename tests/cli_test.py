@@ -278,7 +278,7 @@ def test_convert_asks_for_its_flags(capsys, monkeypatch):
   line = fails(capsys, "convert", *argv[:2], "--layout=orbx")
   assert "published|orbax" in line
   assert call(capsys, "convert", *argv)[0] == 0
-  assert seen == [("a", "b", "orbax")]
+  assert seen == [("a", "b", "orbax", None)]
 
 
 def shell(*argv, **environment):

@@ -92,17 +92,17 @@ def test_progress_changes_no_bits_and_hears_every_step(loaded):
 
 def test_another_number_of_steps_compiles_nothing(loaded):
   loaded.sample(PROMPT, num_steps=2)
-  before = loaded._run._cache_size()
+  before = loaded.denoise._cache_size()
   loaded.sample(PROMPT, num_steps=4, guidance_scale=3.0)
-  assert loaded._run._cache_size() == before
+  assert loaded.denoise._cache_size() == before
 
 
 def test_the_empty_prompt_is_encoded_once(loaded, monkeypatch):
   fresh = pipeline.Pipeline(loaded.model, loaded.params, loaded.mesh)
   calls = []
-  ((stage, apply), *rest) = fresh._conditioners
+  ((stage, apply), *rest) = fresh.conditioners
   counted = lambda *args: calls.append(1) or apply(*args)
-  fresh._conditioners = [(stage, counted), *rest]
+  fresh.conditioners = [(stage, counted), *rest]
   fresh.sample([PROMPT, "a red kite"], num_steps=1)
   assert len(calls) == 3
   fresh.sample(PROMPT, num_steps=1)

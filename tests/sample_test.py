@@ -88,6 +88,7 @@ def test_one_prompt(tmp_path, pipeline):
     "residency": "all",
     "lora": None,
     "lora_scale": 1.0,
+    "executables": None,
   }
   assert pipeline.calls == [
     {

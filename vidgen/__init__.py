@@ -18,7 +18,8 @@ def load(
   residency: str = "all",
   lora: str | None = None,
   lora_scale: float = 1.0,
-  check: Callable[[Any], None] | None = None,
+  check: Callable[[Any], Any] | None = None,
+  executables: str | None = None,
 ) -> "Pipeline":
   """Loads a checkpoint, ready to sample.
 
@@ -34,7 +35,9 @@ def load(
     lora: A LoRA file in the diffusers layout, merged into the weights.
     lora_scale: Factor of the LoRA.
     check: Is called with the model before its weights are read; what it raises
-      ends the loading.
+      ends the loading. Plans that it returns are compiled meanwhile.
+    executables: A folder of `vidgen compile --save`, of which programs are
+      taken that would be compiled otherwise.
 
   Raises:
     InputError: A checkpoint or an argument that cannot be used.
@@ -52,6 +55,7 @@ def load(
     lora=lora,
     lora_scale=lora_scale,
     check=check,
+    programs=executables,
   )
 
 

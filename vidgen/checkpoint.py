@@ -33,10 +33,6 @@ from vidgen.models import base
 LAYOUTS = ("published", "orbax")
 ORBAX = "orbax"
 
-# The name of the small model that the package carries.
-DEMO = "demo"
-_ASSETS = pathlib.Path(__file__).parent / "assets"
-
 # What of a repository is a model: no pickles, no weights outside a component,
 # no second set of weights in another precision.
 PATTERNS = (
@@ -66,20 +62,13 @@ def resolve(
   """Returns the folder of a checkpoint, fetched if it is not here.
 
   Args:
-    path_or_hub_id: A folder, the id of a repository, "owner/name", or "demo",
-      the model that the package carries; a folder of that name is "./demo".
+    path_or_hub_id: A folder, or the id of a repository, "owner/name".
     revision: A branch, a tag or a commit of the repository.
 
   Raises:
-    InputError: It is none of these, or cannot be fetched.
+    InputError: It is neither, or cannot be fetched.
   """
   text = os.fspath(path_or_hub_id)
-  if text == DEMO:
-    if revision is not None:
-      raise errors.InputError(
-        f"{DEMO}: comes with vidgen and has no revision {revision}; drop it."
-      )
-    return _ASSETS / DEMO
   folder = pathlib.Path(os.path.expanduser(text))
   if text and os.path.exists(folder):
     if not folder.is_dir():

@@ -1,12 +1,22 @@
 """From a folder or a hub id to a pipeline."""
 
+import contextlib
 import pathlib
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from vidgen import checkpoint, errors, sharding, tensorfile, weights
+from vidgen import (
+  ahead,
+  checkpoint,
+  errors,
+  executables,
+  sharding,
+  tensorfile,
+  weights,
+)
 from vidgen.models import base
 from vidgen.pipeline import Pipeline
 
@@ -23,7 +33,8 @@ def load(
   residency: str,
   lora: str | None,
   lora_scale: float,
-  check: Callable[[base.Model], None] | None,
+  check: Callable[[base.Model], Iterable[base.Plan] | None] | None,
+  programs: str | None,
 ) -> Pipeline:
   """Loads a checkpoint; see `vidgen.load`."""
   try:
@@ -40,19 +51,65 @@ def load(
   mesh = sharding.make_mesh(mesh)
   folder = checkpoint.resolve(path_or_hub_id, revision)
   model = base.find_family(folder).open_model(folder, dtype)
-  if check is not None:
-    check(model)
-  params = {}
-  for component in model.components:
-    where = None
-    if residency == "all":
-      where = sharding.shardings(component.shapes(), mesh)
-    params[component.name] = checkpoint.load_component(
-      folder, component, shardings=where, dtype=dtype
-    )
-  if lora is not None:
-    params = _merge_lora(params, model.components, lora, lora_scale)
-  return Pipeline(model, params, mesh, on_host=residency == "stage")
+  plans = (check(model) if check is not None else None) or ()
+  pipeline = Pipeline(
+    model, _shapes(model, mesh, dtype), mesh, on_host=residency == "stage"
+  )
+  if programs is not None:
+    devices = list(mesh.devices.flat)
+    identity = executables.identity(devices, mesh.shape)
+    pipeline.ready.add(executables.load(programs, identity, devices))
+  with _compiling(pipeline, plans):
+    params = {}
+    for component in model.components:
+      where = None
+      if residency == "all":
+        where = sharding.shardings(component.shapes(), mesh)
+      params[component.name] = checkpoint.load_component(
+        folder, component, shardings=where, dtype=dtype
+      )
+    if lora is not None:
+      params = _merge_lora(params, model.components, lora, lora_scale)
+  pipeline.replace(params)
+  return pipeline
+
+
+def _shapes(model, mesh, dtype):
+  """The shapes of all parameters, with their places."""
+  boxed = {part.name: part.shapes() for part in model.components}
+  return sharding.placed(
+    {name: base.unboxed(tree) for name, tree in boxed.items()},
+    sharding.shardings(boxed, mesh),
+    dtype,
+  )
+
+
+@contextlib.contextmanager
+def _compiling(
+  pipeline: Pipeline, plans: Iterable[base.Plan]
+) -> Iterator[None]:
+  """Compiles what plans need while something else is done: files are read.
+
+  A program that cannot be compiled says so when it is called.
+  """
+  todo = {
+    one.key: one for plan in plans for one in ahead.programs(pipeline, plan)
+  }
+  todo = {key: one for key, one in todo.items() if key not in pipeline.ready}
+
+  def work() -> None:
+    for key, one in todo.items():
+      try:
+        pipeline.ready.add({key: one.lower(pipeline.mesh).compile()})
+      except Exception:
+        return
+
+  thread = threading.Thread(target=work, name="compile")
+  thread.start()
+  try:
+    yield
+  finally:
+    thread.join()
 
 
 def _merge_lora(params, components, path, scale):

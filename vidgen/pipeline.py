@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -11,7 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from vidgen import arguments, diffusion, errors, samplers, sharding, video
+from vidgen import (
+  ahead,
+  arguments,
+  diffusion,
+  errors,
+  placement,
+  samplers,
+  sharding,
+  video,
+)
 from vidgen.models import base
 
 
@@ -47,6 +56,9 @@ class Pipeline:
     params: The parameters of each component: on their devices, or on the host
       where they come and go with the stages (`residency="stage"`).
     mesh: The mesh that everything runs on.
+    ready: Programs that need not be compiled when they are called.
+    conditioners: The stages of conditioning, and what runs each.
+    denoise: Runs steps; `decoder` decodes. Compiled functions.
   """
 
   def __init__(
@@ -61,13 +73,14 @@ class Pipeline:
     self.params = params
     self.mesh = mesh
     self._on_host = on_host
+    self.ready = ahead.Ready()
     self._where = {
       component.name: sharding.shardings(component.shapes(), mesh)
       for component in model.components
     }
     # The embeddings of unconditional prompts, the empty one above all.
     self._unconditional: dict[Any, dict[str, Array]] = {}
-    self._conditioners = [
+    self.conditioners = [
       (stage, jax.jit(functools.partial(stage.apply, tiling=False)))
       for stage in model.conditioners
     ]
@@ -75,11 +88,11 @@ class Pipeline:
       functools.partial(model.encode, tiling=False),
       static_argnames=("slicing",),
     )
-    self._decode = jax.jit(
+    self.decoder = jax.jit(
       functools.partial(model.decode, tiling=False),
       static_argnames=("post", "slicing"),
     )
-    self._run = jax.jit(
+    self.denoise = jax.jit(
       self._denoise, donate_argnames="state", static_argnames="stochastic"
     )
 
@@ -194,7 +207,7 @@ class Pipeline:
         latents, condition, unconditional, keys, plan, progress
       )
       if output == "latents":
-        return np.asarray(latents)
+        return placement.to_host(latents)
       return self._decoded(latents, output, memory, progress)
 
   def condition(self, prompt: str | Sequence[str], **options: Any) -> PyTree:
@@ -226,7 +239,7 @@ class Pipeline:
     memory = arguments.flags(tiling=tiling, slicing=slicing)
     video = arguments.pixels(video)
     with sharding.use(self.mesh), self._resident("vae") as params:
-      return np.asarray(self._encoded(params, video, None, memory))
+      return placement.to_host(self._encoded(params, video, None, memory))
 
   def decode(
     self,
@@ -249,14 +262,20 @@ class Pipeline:
   @contextlib.contextmanager
   def _resident(self, name: str) -> Iterator[dict[str, PyTree]]:
     """Gives a component's parameters on the devices, for as long as needed."""
+    held = self.held(name)
     if not self._on_host:
-      yield self.params
+      yield held
       return
-    placed = jax.device_put(self.params[name], self._where[name])
+    placed = {n: jax.device_put(x, self._where.get(n)) for n, x in held.items()}
     try:
-      yield {name: placed}
+      yield placed
     finally:
       jax.tree.map(lambda leaf: leaf.delete(), placed)
+
+  def held(self, name: str) -> dict[str, PyTree]:
+    """Returns the parameters of a component, and of a LoRA for it."""
+    names = (name, f"{name}_lora")
+    return {n: self.params[n] for n in names if n in self.params}
 
   def _condition(
     self, prompts, negatives, images, plan, keys, memory, progress
@@ -284,7 +303,7 @@ class Pipeline:
   def _embed(self, inputs, keys, memory, progress):
     """Runs each stage over all the clips, one by one: no clip sees a batch."""
     embedded = [{} for _ in inputs]
-    for stage, apply in self._conditioners:
+    for stage, apply in self.conditioners:
       todo = [
         i
         for i, one in enumerate(inputs)
@@ -292,15 +311,19 @@ class Pipeline:
       ]
       if not todo:
         continue
+      name = stage.stage
       if stage.tiles and memory["tiling"]:
         apply = functools.partial(stage.apply, tiling=True)
+        name += " in tiles"
       with (
         progress.stage(stage.stage),
         self._resident(stage.component) as params,
       ):
         for i in todo:
           key = keys[i] if stage.draws else None
-          embedded[i] |= apply(params[stage.component], inputs[i], key)
+          embedded[i] |= self.ready.call(
+            name, apply, params[stage.component], inputs[i], key
+          )
         jax.block_until_ready(embedded)
     return embedded
 
@@ -329,11 +352,8 @@ class Pipeline:
 
   def _loop(self, x, condition, unconditional, keys, plan, progress):
     """Denoises; returns latents without padding."""
-    coefficients = samplers.SAMPLERS[plan.sampler](plan.schedule)
+    table, static = self.steps(plan)
     steps = len(plan.schedule)
-    scale = np.ones(steps) if plan.guidance is None else plan.guidance
-    table = samplers.table(plan.schedule, coefficients, scale)
-    stochastic = bool(np.any(coefficients.noise))
     where = sharding.batch_sharding(self.mesh, len(x))
     place = lambda tree: jax.device_put(tree, where)
     condition, unconditional = place(condition), place(unconditional)
@@ -342,7 +362,9 @@ class Pipeline:
     stride = steps if silent else 1
     with progress.stage("denoise"), self._resident("transformer") as params:
       for i in range(0, steps, stride):
-        state = self._run(
+        state = self.ready.call(
+          "denoise",
+          self.denoise,
           params,
           state,
           condition,
@@ -351,11 +373,12 @@ class Pipeline:
           keys,
           i,
           i + stride,
-          stochastic=stochastic,
+          **static,
         )
         jax.block_until_ready(state.x)
         progress.step(i + stride, steps)
-    finite = np.asarray(jnp.isfinite(state.x).all(axis=(1, 2, 3, 4)))
+    finite = jnp.isfinite(state.x).all(axis=(1, 2, 3, 4))
+    finite = placement.to_host(finite)
     if not finite.all():
       bad = np.flatnonzero(~finite).tolist()
       raise errors.InputError(
@@ -364,6 +387,18 @@ class Pipeline:
         "dtype=bfloat16 or float32."
       )
     return state.x[:, plan.padding :]
+
+  def steps(self, plan: base.Plan) -> tuple[samplers.Table, dict[str, bool]]:
+    """Returns what each step of `denoise` reads, and its static arguments."""
+    coefficients = samplers.SAMPLERS[plan.sampler](plan.schedule)
+    steps = len(plan.schedule)
+    scale = np.ones(steps) if plan.guidance is None else plan.guidance
+    table = samplers.table(plan.schedule, coefficients, scale)
+    return table, {"stochastic": bool(np.any(coefficients.noise))}
+
+  def post(self, output: str) -> Callable[[Array], Array]:
+    """Returns what makes an output of frames in [-1, 1]."""
+    return _POSTS[output]
 
   def _denoise(
     self,
@@ -400,10 +435,15 @@ class Pipeline:
       if memory["tiling"]:
         frames = self.model.decode(params, latents, _POSTS[output], **memory)
       else:
-        frames = self._decode(
-          params, latents, post=_POSTS[output], slicing=memory["slicing"]
+        frames = self.ready.call(
+          "decode",
+          self.decoder,
+          params,
+          latents,
+          post=self.post(output),
+          slicing=memory["slicing"],
         )
-      return np.asarray(frames)
+      return placement.to_host(frames)
 
 
 class _Silent:

@@ -48,6 +48,7 @@ class SampleConfig:
     videos_per_prompt: Clips for each prompt, each from noise of its own.
     tiling: Encode and decode in tiles: less memory, slightly other pixels.
     lora: A LoRA file in the published layout, merged with `lora_scale`.
+    executables: A folder of `vidgen compile --save`, of the same job.
     formats: Some of mp4, gif, png (a folder of frames) and npz (latents).
     fps: The frame rate of the files.
     out: The folder for the files; `clips.jsonl` in it lists them.
@@ -76,6 +77,7 @@ class SampleConfig:
   tiling: bool = False
   lora: str | None = None
   lora_scale: float = 1.0
+  executables: str | None = None
   formats: tuple[str, ...] = ("mp4",)
   fps: float | None = None
   out: str = "samples"
@@ -129,9 +131,13 @@ def load(config: SampleConfig, planned: list[clips.Clip]) -> Any:
   file should not fail after a night of sampling.
   """
 
-  def check(model: Any) -> None:
-    for clip in planned:
+  def check(model: Any) -> list[Any]:
+    plans = [
       with_line(clip.where, _check_clip, model, clip, config)
+      for clip in planned
+    ]
+    # Other sizes are compiled when they come up; tiles always are.
+    return [p for p in plans[:1] if p is not None and not config.tiling]
 
   return vidgen.load(
     config.checkpoint,
@@ -142,6 +148,7 @@ def load(config: SampleConfig, planned: list[clips.Clip]) -> Any:
     lora=config.lora,
     lora_scale=config.lora_scale,
     check=check,
+    executables=config.executables,
   )
 
 
@@ -296,10 +303,12 @@ def _make_folder(out: str) -> pathlib.Path:
   return folder
 
 
-def _check_clip(model: Any, clip: clips.Clip, config: SampleConfig) -> None:
-  """Asks the model whether it can make a clip, without making it."""
+def _check_clip(
+  model: Any, clip: clips.Clip, config: SampleConfig
+) -> base.Plan | None:
+  """Asks the model how it will make a clip; None where that is not known."""
   if clip.video is not None:
-    return  # Its length is not known until all of it is read.
+    return None  # Its length is not known until all of it is read.
   names = [
     "num_frames",
     "height",
@@ -308,7 +317,7 @@ def _check_clip(model: Any, clip: clips.Clip, config: SampleConfig) -> None:
     "guidance_scale",
     "sampler",
   ]
-  model.plan(
+  return model.plan(
     base.Request(
       **{name: getattr(clip, name) for name in names},
       image=clip.image is not None,

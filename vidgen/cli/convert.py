@@ -2,7 +2,7 @@
 
 usage: vidgen convert --source=NAME --target=DIR --layout=LAYOUT [flags]
 
-  --source=NAME       a folder in either layout, a hub id, or demo
+  --source=NAME       a folder in either layout, or a hub id
   --target=DIR        a folder that is new or empty
   --layout=LAYOUT     published: as diffusers reads it; orbax: as runs save it
   --dtype=NAME        of the weights: float32, bfloat16 or float16; without it

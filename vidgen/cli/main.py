@@ -1,7 +1,8 @@
 """The `vidgen` command: finds the command and turns errors into one line.
 
 A command is a module with a docstring (its help), `define(flags, argv)`, which
-defines its flags, and `run(flags)`, which calls the job.
+defines its flags, and `run(flags)`, which calls the job and returns its exit
+code, where None is 0.
 """
 
 import errno
@@ -20,9 +21,13 @@ COMMANDS = {
   "prepare": ("vidgen.cli.prepare", "make a dataset for training"),
   "encode": ("vidgen.cli.encode", "cache what a run would encode each step"),
   "train": ("vidgen.cli.train", "train a model"),
+  "compile": ("vidgen.cli.compile", "say whether a job fits a TPU slice"),
   "convert": ("vidgen.cli.convert", "change a checkpoint's layout"),
   "bench": ("vidgen.cli.bench", "time vidgen on this machine"),
 }
+
+# Those that run as one job in several processes; see `vidgen.hosts`.
+JOINING = ("train",)
 
 USAGE = """usage: vidgen COMMAND [flags]
 
@@ -74,6 +79,12 @@ def _dispatch(argv: list[str]) -> int:
   if any(flag in ("--help", "-h", "-help", "--helpfull") for flag in rest):
     print(command.__doc__.strip())
     return 0
+  if name in JOINING:
+    from vidgen import hosts, supervisor
+
+    if (place := hosts.find(os.environ)) is not None:
+      again = [sys.executable, "-m", "vidgen.cli.main", *argv]
+      return supervisor.run(place, again, os.environ)
   return _run(command, name, rest)
 
 
@@ -87,8 +98,7 @@ def _run(command: types.ModuleType, name: str, argv: list[str]) -> int:
   # Libraries tell their own news at levels below.
   logging.set_verbosity(logging.ERROR)
   values = parse.parse(command.define, f"vidgen {name}", argv)
-  command.run(values)
-  return 0
+  return command.run(values) or 0
 
 
 def _unknown(name: str) -> str:

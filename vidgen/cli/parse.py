@@ -50,7 +50,10 @@ def parse(
 
 
 def define_config(
-  values: flags.FlagValues, argv: list[str], config_type: type, default: str
+  values: flags.FlagValues,
+  argv: list[str],
+  config_type: type | tuple[type, ...],
+  default: str,
 ) -> None:
   """Defines --config, a file whose get_config() returns a `config_type`.
 
@@ -60,7 +63,7 @@ def define_config(
   Args:
     values: Where the flags go.
     argv: The command line; what is dealt with here is taken out of it.
-    config_type: A dataclass.
+    config_type: A dataclass, or several of which it is one.
     default: The config file when none is named.
   """
   # Taken out, so that overrides may stand before it.
@@ -68,7 +71,8 @@ def define_config(
   path = named[-1][1] if named else default
   if not os.path.isfile(path.split(":")[0]):
     raise errors.InputError(f"--config={path}: there is no such file.")
-  fields = {f.name: f.type for f in dataclasses.fields(config_type)}
+  types = config_type if isinstance(config_type, tuple) else (config_type,)
+  fields = {f.name: f.type for t in types for f in dataclasses.fields(t)}
   dicts = {n for n, t in fields.items() if typing.get_origin(t) is dict}
   entries = _take(argv, rf"config\.(?:{'|'.join(dicts)})\.[^=]+")
   _check_overrides(argv, fields, dicts)
@@ -84,9 +88,10 @@ def define_config(
   except Exception as error:  # A config is a program: it may raise anything.
     raise errors.InputError(_explain(path.split(":")[0], error)) from error
   config = values["config"].value
-  if not isinstance(config, config_type):
+  if not isinstance(config, types):
+    names = " or a ".join(kind.__name__ for kind in types)
     raise errors.InputError(
-      f"{path}: get_config() must return a {config_type.__name__}, not a "
+      f"{path}: get_config() must return a {names}, not a "
       f"{type(config).__name__}."
     )
   for name, text in entries:

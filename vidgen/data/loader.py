@@ -165,7 +165,7 @@ class Steps:
     process_count: int,
   ):
     _check(config, seed, start, stop, process_index, process_count)
-    self.buckets = _sized(config)
+    self.buckets = sized(config)
     for bucket in self.buckets:
       if bucket.batch_size % process_count:
         raise errors.InputError(
@@ -304,9 +304,9 @@ def _check(
       )
 
 
-def _sized(config: DataConfig) -> tuple[Bucket, ...]:
+def sized(config: DataConfig) -> tuple[Bucket, ...]:
   """Returns the buckets, each with its batch size."""
-  sized = []
+  result = []
   for bucket in config.buckets:
     if bucket.batch_size == 0:
       if config.token_budget < 1:
@@ -323,9 +323,9 @@ def _sized(config: DataConfig) -> tuple[Bucket, ...]:
         multiple=config.batch_multiple,
       )
       bucket = dataclasses.replace(bucket, batch_size=size)
-    sized.append(bucket)
-  buckets.check(tuple(sized))
-  return tuple(sized)
+    result.append(bucket)
+  buckets.check(tuple(result))
+  return tuple(result)
 
 
 def _told(dataset: Any, copy: bool) -> Iterator[Batch]:

@@ -240,7 +240,12 @@ class Model(Protocol):
 
 def shapes(component: Component) -> PyTree:
   """Returns the plain shapes of a component's parameters."""
-  return nn.unbox(component.shapes())
+  return unboxed(component.shapes())
+
+
+def unboxed(shapes: PyTree) -> PyTree:
+  """Returns shapes without their logical axes."""
+  return nn.unbox(shapes)
 
 
 def count(component: Component) -> int:

@@ -57,6 +57,9 @@ class Task(Protocol):
   def frozen(self, mesh: Any) -> dict[str, PyTree]:
     """Returns the parameters that are read and not trained."""
 
+  def frozen_shapes(self, mesh: Any) -> dict[str, PyTree]:
+    """Returns what `frozen` would, as shapes with shardings; reads nothing."""
+
   def host_batch(self, batch: loader.Batch) -> dict[str, np.ndarray]:
     """Returns what of a batch goes to the devices."""
 

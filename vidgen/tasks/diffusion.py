@@ -164,6 +164,17 @@ class DiffusionTask:
       params["empty_text"] = self._empty_text(params)
     return params
 
+  def frozen_shapes(self, mesh: Mesh) -> dict[str, PyTree]:
+    """Returns what `frozen` would, as shapes with shardings."""
+    dtype = jnp.dtype(self.config.dtype)
+    params = self._opened.frozen_shapes(self._frozen_names, mesh, dtype)
+    if TEXT_ENCODER in params:
+      with sharding.use(mesh):
+        text = jax.eval_shape(self.embed, params, self._loss.empty)
+      place = sharding.shardings(text, mesh)
+      params["empty_text"] = sharding.placed(text, place)
+    return params
+
   def _empty_text(self, params: dict[str, PyTree]) -> Array:
     """The embedding of the empty prompt, which takes a dropped one's place."""
     with sharding.use(self._mesh):

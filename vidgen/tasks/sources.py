@@ -148,6 +148,14 @@ class Opened:
       for name in names
     }
 
+  def frozen_shapes(
+    self, names: tuple[str, ...], mesh: Mesh, dtype: DTypeLike
+  ) -> dict[str, PyTree]:
+    """Returns what `frozen` would, as shapes with shardings."""
+    boxed = {name: self.components[name].shapes() for name in names}
+    shapes = {name: base.shapes(self.components[name]) for name in names}
+    return sharding.placed(shapes, sharding.shardings(boxed, mesh), dtype)
+
   def tokenizer_folder(self) -> pathlib.Path:
     """Returns the folder of the tokenizer; one of words is made here."""
     source = self._source

@@ -1,0 +1,176 @@
+"""Jobs compiled for TPUs that are not here."""
+
+import json
+
+import pytest
+
+from tests import tiny_cogvideox, tiny_training
+from vidgen import compile as compiling
+from vidgen import errors, programs, sample, topology
+from vidgen.cli import main
+from vidgen.models import base
+
+TOPOLOGY = "v5e:2x2"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("5b")
+  tiny_cogvideox.write(folder, "5b")
+  return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def report(checkpoint, tmp_path_factory):
+  """Of sampling on four devices, as the command writes it."""
+  folder = tmp_path_factory.mktemp("job")
+  (folder / "config.py").write_text(f"""
+from vidgen import sample
+
+def get_config():
+  return sample.SampleConfig(
+    checkpoint={str(checkpoint)!r},
+    mesh={{"context": 2, "fsdp": 2}},
+    num_steps=3,
+  )
+""")
+  code = main.main(
+    [
+      "compile",
+      f"--config={folder / 'config.py'}",
+      f"--topology={TOPOLOGY}",
+      f"--json={folder / 'report.json'}",
+    ]
+  )
+  assert code == 0
+  return json.loads((folder / "report.json").read_text())
+
+
+def test_the_report_has_its_keys(report):
+  keys = {
+    "fits",
+    "hbm_bytes",
+    "hbm_limit_bytes",
+    "collectives",
+    "model_flops",
+    "bound_seconds",
+    "compile_seconds",
+  }
+  assert keys <= report.keys()
+  assert report["fits"] is True
+  assert 0 < report["hbm_bytes"] < report["hbm_limit_bytes"] == 15.75 * 2**30
+  assert set(report["bound_seconds"]) == {"compute", "memory", "interconnect"}
+  assert all(second > 0 for second in report["bound_seconds"].values())
+
+
+def test_each_stage_is_compiled(report):
+  names = [program["name"] for program in report["programs"]]
+  assert names == ["text", "denoise step", "decode"]
+  step = report["programs"][1]
+  assert step["runs"] == 3 and step["model_flops"] > 0
+  assert step["collectives"]["all-to-all"]["count"] > 0
+  for program in report["programs"]:
+    parts = ("argument", "temporary", "output", "code", "resident")
+    total = sum(program[f"{part}_bytes"] for part in parts)
+    assert program["hbm_bytes"] == total
+
+
+def test_weights_of_others_are_counted_where_they_stay(checkpoint, tmp_path):
+  config = sample.SampleConfig(checkpoint=str(checkpoint))
+  devices = topology.find(TOPOLOGY).devices
+  resident = {}
+  for residency in ("all", "stage"):
+    config.residency = residency
+    _, every = programs.SampleJob(config, tmp_path).programs(devices)
+    resident[residency] = {one.name: one.resident_bytes for one in every}
+  assert set(resident["stage"].values()) == {0}
+  # Each program leaves out its own component, of three.
+  model = base.find_family(checkpoint).open_model(checkpoint, "bfloat16")
+  weights = sum(2 * base.count(part) for part in model.components)
+  assert sum(resident["all"].values()) == 2 * weights
+
+
+def test_a_training_step(checkpoint, tmp_path):
+  stage = tiny_training.stage("data", batch_size=4)
+  config = tiny_training.config(
+    "data", str(checkpoint), stages=(stage, stage), mesh={"fsdp": 4}
+  )
+  found = compiling.run(programs.TrainJob(config, tmp_path), TOPOLOGY)
+  (step,) = found.programs
+  assert found.fits and step.name == "train step 9x32x32, 4 clips"
+  assert step.model_flops > 0 and step.collectives
+  # What comes out is written over what went in.
+  assert step.output_bytes < step.argument_bytes / 10
+  assert "It fits." in str(found)
+
+
+class Jobs:
+  """A job too large for a device, that fits once it is halved."""
+
+  def __init__(self, gib, halves=True):
+    self.gib, self.halves = gib, halves
+
+  def programs(self, devices):
+    import jax
+    import jax.numpy as jnp
+
+    from vidgen import sharding
+
+    mesh = sharding.make_mesh(None, devices)
+    place = sharding.batch_sharding(mesh, 1)
+    x = jax.ShapeDtypeStruct((self.gib, 2**28), jnp.float32, sharding=place)
+    lower = lambda: jax.jit(lambda x: jnp.sort(x, axis=0)).lower(x)
+    return mesh, [compiling.Program("sort", lower)]
+
+  def alternatives(self):
+    yield "nothing else", Jobs(self.gib, False)
+    if self.halves:
+      yield "half of it", Jobs(self.gib // 8, False)
+
+
+def test_what_does_not_fit_says_what_would():
+  found = compiling.run(Jobs(16), TOPOLOGY)
+  assert not found.fits and found.programs[0].hbm_bytes > found.hbm_limit_bytes
+  assert found.advice == "It would with half of it."
+  assert not found.as_json()["fits"]
+  lost = compiling.run(Jobs(16, halves=False), TOPOLOGY)
+  assert lost.advice == "Nor would it with any of: nothing else."
+
+
+def test_of_a_published_checkpoint_nothing_is_needed(tmp_path):
+  for name in ("THUDM/CogVideoX-2b", "THUDM/CogVideoX1.5-5B-I2V"):
+    folder = programs.skeleton(name, tmp_path)
+    assert (folder / "model_index.json").is_file()
+  with pytest.raises(errors.InputError, match="known by heart: THUDM/"):
+    programs.skeleton("THUDM/CogVideoX-9b", tmp_path)
+
+
+@pytest.mark.parametrize(
+  "name, words",
+  [
+    ("v9:2x4", "give v5e, v5p, v6e"),
+    ("v5e", "give v5e, v5p, v6e"),
+    ("v5p:4x4", "3 sides, for example v5p:4x4x4"),
+    ("v5e:2x4x2", "2 sides"),
+    ("v6e:0x4", "2 sides"),
+    ("v6e:3x5", "not divisible"),
+  ],
+)
+def test_topologies_that_there_are_not(name, words):
+  with pytest.raises(errors.InputError, match=words):
+    topology.find(name)
+
+
+def test_several_slices():
+  found = topology.find("2*v5e:2x4")
+  assert len(found.devices) == 16
+  assert {device.slice_index for device in found.devices} == {0, 1}
+
+
+def test_the_config_of_either_job_is_taken(capsys, tmp_path):
+  (tmp_path / "other.py").write_text("def get_config():\n  return 3\n")
+  code = main.main(
+    ["compile", f"--config={tmp_path / 'other.py'}", "--topology=v5e:2x2"]
+  )
+  assert code == 2
+  assert "SampleConfig or a TrainConfig, not a int" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""What the text of compiled programs says of their collectives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from vidgen import hlo, sharding
+
+SPLIT = P("tensor")
+
+
+def compiled(body, mesh, out=SPLIT):
+  """The text of `body`, mapped over 8 x 32 floats split along `tensor`."""
+  mapped = jax.shard_map(
+    body, mesh=mesh, in_specs=SPLIT, out_specs=out, check_vma=False
+  )
+  x = jax.ShapeDtypeStruct((8, 32), jnp.float32)
+  return jax.jit(mapped).lower(x).compile().as_text()
+
+
+BODIES = {
+  "all-gather": (lambda x: lax.all_gather(x, "tensor", tiled=True), P()),
+  "all-reduce": (lambda x: lax.psum(x, "tensor"), P()),
+  "reduce-scatter": (
+    lambda x: lax.psum_scatter(x.T, "tensor", tiled=True),
+    P("tensor"),
+  ),
+  "all-to-all": (
+    lambda x: lax.all_to_all(x, "tensor", 1, 0, tiled=True),
+    P("tensor"),
+  ),
+  "collective-permute": (
+    lambda x: lax.ppermute(x, "tensor", [(i, (i + 1) % 4) for i in range(4)]),
+    P("tensor"),
+  ),
+}
+# Of a block of 2 x 32 floats, 256 bytes, on each of 4 devices: what one of them
+# has in the end, and what it sends.
+SIZES = {
+  "all-gather": (1024, 768),
+  "all-reduce": (256, 384),
+  "reduce-scatter": (64, 192),
+  "all-to-all": (256, 192),
+  "collective-permute": (256, 256),
+}
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_each_kind(kind):
+  mesh = sharding.make_mesh({"data": 2, "tensor": 4})
+  (one,) = hlo.collectives(compiled(BODIES[kind][0], mesh, BODIES[kind][1]))
+  assert one.kind == kind and one.count == 1
+  assert (one.result_bytes, one.wire_bytes) == SIZES[kind]
+  if kind != "collective-permute":
+    assert one.group == 4
+
+
+def test_loops_multiply():
+  mesh = sharding.make_mesh({"tensor": 4})
+
+  def body(x):
+    inner = lambda x, _: (lax.psum(x, "tensor") / 4, None)
+    outer = lambda x, _: (lax.scan(inner, x * 2, None, length=5)[0], None)
+    return lax.scan(outer, x, None, length=3)[0]
+
+  (one,) = hlo.collectives(compiled(body, mesh))
+  assert one.count == 15
+  assert hlo.total([one]) == {"all-reduce": {"count": 15, "bytes": 15 * 256}}
+
+
+def test_a_loop_that_the_program_decides_counts_once():
+  mesh = sharding.make_mesh({"tensor": 4})
+
+  def body(x):
+    on = lambda x: x.sum() < 100
+    return lax.while_loop(on, lambda x: lax.psum(x, "tensor"), x)
+
+  found = hlo.collectives(compiled(body, mesh))
+  assert [one.count for one in found] == [1]
+
+
+def test_groups_of_one_move_nothing():
+  mesh = sharding.make_mesh({"tensor": 4})
+  body = functools.partial(
+    jax.shard_map,
+    mesh=mesh,
+    in_specs=P("tensor"),
+    out_specs=P("tensor"),
+    check_vma=False,
+  )(lambda x: lax.psum(x, "data"))
+  x = jax.ShapeDtypeStruct((8, 32), jnp.float32)
+  text = jax.jit(body).lower(x).compile().as_text()
+  assert hlo.collectives(text) == []
+
+
+# ruff: noqa: E501
+# As a TPU's compiler prints them: an asynchronous pair within a loop without a
+# noted trip count, and one channel printed in two computations.
+TPU = """HloModule jit_f, num_partitions=8
+
+%body (p: (s32[], bf16[4,128])) -> (s32[], bf16[4,128]) {
+  %x = bf16[4,128]{1,0} get-tuple-element(%p), index=1
+  %ag = (bf16[4,128]{1,0:T(8,128)}, bf16[8,128]{1,0:T(8,128)}) all-gather-start(%x), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}
+  %agd = bf16[8,128]{1,0} all-gather-done(%ag)
+  %cp = (f32[64]{0}, f32[64]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%y), channel_id=2, source_target_pairs={{0,1},{1,0}}
+}
+
+%cond (p: (s32[], bf16[4,128])) -> pred[] {
+  %n = s32[]{:T(128)} constant(42)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%fused (q: bf16[2,2]) -> bf16[2,2] {
+  ROOT %ar.1 = bf16[2,2]{1,0} all-reduce(%q), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+ENTRY %main (a: bf16[4,128]) -> bf16[4,128] {
+  %w = (s32[], bf16[4,128]) while(%t), condition=%cond, body=%body
+  %f1 = bf16[2,2] fusion(%b), kind=kCustom, calls=%fused
+  %ar.2 = bf16[2,2]{1,0} all-reduce(%b), channel_id=3, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add
+}
+"""
+
+
+def test_a_tpus_text():
+  found = {one.kind: one for one in hlo.collectives(TPU)}
+  assert len(hlo.collectives(TPU)) == 3
+  gather, permute = found["all-gather"], found["collective-permute"]
+  assert (gather.count, gather.result_bytes, gather.group) == (42, 2048, 2)
+  assert (permute.count, permute.result_bytes) == (42, 256)
+  reduce = found["all-reduce"]
+  assert (reduce.count, reduce.result_bytes, reduce.group) == (1, 8, 4)

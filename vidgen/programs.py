@@ -1,0 +1,235 @@
+"""The programs that a job would run, of a checkpoint that need not be here."""
+
+import copy
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import pathlib
+import pkgutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from vidgen import (
+  ahead,
+  arguments,
+  checkpoint,
+  errors,
+  models,
+  sharding,
+  train,
+  train_step,
+)
+from vidgen.compile import Program
+from vidgen.data import loader
+from vidgen.encoders import word_tokenizer
+from vidgen.models import base
+from vidgen.pipeline import Pipeline
+from vidgen.sample import SampleConfig
+
+
+def skeleton(name: str, folder: pathlib.Path) -> pathlib.Path:
+  """Returns the folder of a checkpoint, of which the configs alone are needed.
+
+  A folder that is here is taken as it is. Of a published checkpoint that is
+  not, the configs are written from what the families know.
+
+  Args:
+    name: A folder, or a hub id.
+    folder: Where configs may be written.
+
+  Raises:
+    InputError: It is neither here nor known.
+  """
+  if pathlib.Path(name).expanduser().exists():
+    return checkpoint.resolve(name)
+  known: dict[str, Any] = {}
+  for package in pkgutil.iter_modules(models.__path__):
+    if package.ispkg:
+      family = importlib.import_module(f"{models.__name__}.{package.name}")
+      known |= {name: (family, make) for name, make in family.PUBLISHED.items()}
+  if name not in known:
+    raise errors.InputError(
+      f"{name}: no such folder, and no published checkpoint that is known by "
+      f"heart: {', '.join(sorted(known))}."
+    )
+  family, make = known[name]
+  home = folder / name
+  for path, content in family.published_configs(make()).items():
+    (home / path).parent.mkdir(parents=True, exist_ok=True)
+    (home / path).write_text(json.dumps(content), encoding="utf-8")
+  if not (home / "tokenizer").is_dir():
+    # Any will do: the length of texts is the model's.
+    word_tokenizer.write(home / "tokenizer", ["a", "video"])
+  return home
+
+
+def bytes_of(tree: PyTree) -> int:
+  """Returns the bytes that one device holds of arrays with shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+@dataclasses.dataclass
+class SampleJob:
+  """The programs of `vidgen sample`, for a clip at a time.
+
+  Attributes:
+    config: Of the job.
+    folder: Where configs of checkpoints may be written.
+  """
+
+  config: SampleConfig
+  folder: pathlib.Path
+
+  def programs(self, devices: Sequence[Any]) -> tuple[Mesh, list[Program]]:
+    """Returns the mesh and, of one clip, text, image, denoising, decoding."""
+    config = self.config
+    mesh = sharding.make_mesh(config.mesh or None, devices)
+    home = skeleton(config.checkpoint, self.folder)
+    dtype = jnp.dtype(config.dtype)
+    model = base.find_family(home).open_model(home, dtype)
+    sizes = {
+      name: getattr(config, name)
+      for name in ("num_frames", "height", "width", "num_steps")
+    }
+    image = config.image or ("image" if model.takes_image else None)
+    strength = None if config.video is None else config.strength
+    plan = model.plan(
+      arguments.request(
+        sizes,
+        config.guidance_scale,
+        config.sampler,
+        strength,
+        image,
+        config.options,
+      )
+    )
+    boxed = {part.name: part.shapes() for part in model.components}
+    shapes = {part.name: base.shapes(part) for part in model.components}
+    params = sharding.placed(shapes, sharding.shardings(boxed, mesh), dtype)
+    weights = {name: bytes_of(tree) for name, tree in params.items()}
+    pipeline = Pipeline(model, params, mesh)
+    size = plan.num_frames, plan.height, plan.width
+    branches = 1 if plan.guidance is None else 2
+    flops = {"denoise": branches * model.flops(*size)}
+    programs = []
+    for one in ahead.programs(pipeline, plan):
+      others = sum(n for name, n in weights.items() if name != one.component)
+      is_step = one.name == "denoise"
+      programs.append(
+        Program(
+          name="denoise step" if is_step else one.name,
+          lower=functools.partial(one.lower, mesh),
+          key=one.key,
+          resident_bytes=others if config.residency == "all" else 0,
+          model_flops=flops.get(one.name, 0.0),
+          runs=len(plan.schedule) if is_step else 1,
+        )
+      )
+    return mesh, programs
+
+  def alternatives(self) -> Iterator[tuple[str, "SampleJob"]]:
+    """Yields less resident weights, then more devices for them."""
+    if self.config.residency == "all":
+      yield "residency=stage", self._with(residency="stage")
+    for change, mesh in _meshes(self.config.mesh):
+      yield change, self._with(mesh=mesh)
+      if self.config.residency == "all":
+        both = self._with(mesh=mesh, residency="stage")
+        yield f"{change} and residency=stage", both
+
+  def _with(self, **fields: Any) -> "SampleJob":
+    return SampleJob(dataclasses.replace(self.config, **fields), self.folder)
+
+
+@dataclasses.dataclass
+class TrainJob:
+  """The programs of `vidgen train`: a step of each stage and bucket.
+
+  Attributes:
+    config: Of the run.
+    folder: As of `SampleJob`.
+  """
+
+  config: train.TrainConfig
+  folder: pathlib.Path
+
+  def programs(self, devices: Sequence[Any]) -> tuple[Mesh, list[Program]]:
+    """Returns the mesh and a program for each size of batch."""
+    config = copy.deepcopy(self.config)
+    source = getattr(config.task, "source", config.task)
+    if source.checkpoint is not None:
+      source.checkpoint = str(skeleton(source.checkpoint, self.folder))
+    mesh = sharding.make_mesh(config.mesh or None, devices)
+    task = config.task.build(mesh)
+    trainer = train.Trainer(config, task, mesh)
+    frozen = task.frozen_shapes(mesh)
+    state = sharding.placed(trainer.shapes, trainer.places)
+    programs, seen = [], set()
+    for stage in config.stages:
+      for bucket in loader.sized(stage.data):
+        name = f"{bucket.num_frames}x{bucket.height}x{bucket.width}"
+        name = f"train step {name}, {bucket.batch_size} clips"
+        known = (name, repr(stage.options))
+        if known not in seen:
+          seen.add(known)
+          lower = functools.partial(
+            _lower_step, trainer, stage, bucket, state, frozen
+          )
+          flops = task.flops(bucket) or 0.0
+          programs.append(Program(name, lower, name, model_flops=flops))
+    return mesh, programs
+
+  def alternatives(self) -> Iterator[tuple[str, "TrainJob"]]:
+    """Yields recomputation, smaller parts of a batch, then another mesh."""
+    remat = getattr(self.config.task, "remat", "full")
+    again = {}
+    if remat != "full":
+      full = True if isinstance(remat, bool) else "full"
+      if remat is not True:
+        again = {"task": dataclasses.replace(self.config.task, remat=full)}
+        yield f"task.remat={full}", self._with(**again)
+    for parts in (2, 4, 8):
+      more = self.config.accumulate * parts
+      yield f"accumulate={more}", self._with(accumulate=more, **again)
+    for change, mesh in _meshes(self.config.mesh):
+      yield change, self._with(mesh=mesh, **again)
+
+  def _with(self, **fields: Any) -> "TrainJob":
+    return TrainJob(dataclasses.replace(self.config, **fields), self.folder)
+
+
+def _meshes(mesh: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
+  """Yields meshes that hold less on each device."""
+  fixed = {axis: n for axis, n in mesh.items() if axis not in ("data", "fsdp")}
+  yield "mesh.fsdp=-1 in place of data", {**fixed, "fsdp": -1}
+  for size in (2, 4, 8):
+    more = {**fixed, "context": fixed.get("context", 1) * size, "fsdp": -1}
+    yield f"mesh.context={more['context']} and mesh.fsdp=-1", more
+
+
+def _lower_step(trainer, stage, bucket, state, frozen):
+  """Lowers the step of a stage for one bucket."""
+  task, step = trainer.stage_steps(stage)
+  pixels = (1, bucket.num_frames, bucket.height, bucket.width, 3)
+  one = loader.Batch(0, bucket, np.zeros(pixels, np.uint8), [""], [""])
+  n = bucket.batch_size
+  place = sharding.training_batch(trainer.mesh, n)
+  number = np.zeros((1,), np.int32)
+  arrays = task.host_batch(one) | {"index": number, "count": number}
+  whole = lambda x: jax.ShapeDtypeStruct(
+    (n, *x.shape[1:]), x.dtype, sharding=place
+  )
+  key = jax.eval_shape(lambda: train_step.key_of(0, train_step.STEP))
+  with sharding.use(trainer.mesh):
+    return step.lower(state, frozen, jax.tree.map(whole, arrays), key)
