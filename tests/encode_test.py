@@ -66,6 +66,7 @@ def losses(config):
   return told
 
 
+@pytest.mark.slow
 def test_trains_as_from_videos(data_dir, checkpoint, tmp_path):
   """Of clips longer than the bucket too, where all windows are kept."""
   config = config_of(data_dir, checkpoint, noised={"text_dropout": 0.4})

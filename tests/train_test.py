@@ -185,6 +185,7 @@ def test_asked_to_stop_it_saves(data_dir, checkpoint, tmp_path):
   assert runs.checkpoint_steps(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_other_mesh_same_state_and_losses(undisturbed, tmp_path):
   config, workdir = undisturbed
   train.run(tiny_training.replace(config, num_steps=3), tmp_path / "one")

@@ -114,6 +114,7 @@ def test_zeros_for_the_past_need_random_weights(data_dir):
     config.task.build(sharding.make_mesh(None))
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
   config = small()
   key, video = jax.random.key(0), jnp.zeros((1, 1, 32, 32, 3))
