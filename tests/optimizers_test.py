@@ -99,6 +99,34 @@ def test_any_optimiser_of_optax(name):
   assert jnp.abs(updates["kernel"]).max() > 0
 
 
+def test_muon_of_a_stack_is_muon_of_each_block():
+  tx = optimizers.optimizer(
+    Config("muon", {"weight_decay": 0.1}, None), optax.constant_schedule(0.1)
+  )
+  rng = np.random.default_rng(0)
+  stack, grads = (
+    {
+      "kernel": rng.standard_normal((3, 8, 4), np.float32),
+      "bias": rng.standard_normal((3, 4), np.float32),
+    }
+    for _ in range(2)
+  )
+  one = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+
+  def update(params, grads):
+    return tx.update(grads, tx.init(params), params)[0]
+
+  got = update({"blocks": stack}, {"blocks": grads})["blocks"]
+  for i in range(3):
+    want = update(one(stack, i), one(grads, i))
+    for name in want:
+      np.testing.assert_allclose(got[name][i], want[name], 1e-5, 1e-6)
+  # The orthogonal factor, nearly: its singular values are about 1.
+  plain = got["kernel"][0] + 0.1 * 0.1 * stack["kernel"][0]
+  values = np.linalg.svd(plain, compute_uv=False)
+  np.testing.assert_allclose(values, values[0], rtol=0.5)
+
+
 def test_average_in_closed_form():
   """Warmed up by (1 + n) / (10 + n), then the decay itself."""
   average, value = jnp.zeros(1), jnp.ones(1)

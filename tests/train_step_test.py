@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from vidgen import errors, sharding, train_step
+from vidgen import errors, optimizers, sharding, train_step
 
 KEY = jax.random.key(0)
 
@@ -201,6 +201,25 @@ def test_every_layout_starts_alike_and_steps_alike(mesh, sizes):
   np.testing.assert_allclose(
     got.params["net"]["kernel"], want.params["net"]["kernel"], rtol=1e-5
   )
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor", "sgd"])
+def test_any_optimiser_in_any_layout(name):
+  """The state of some is not made of arrays like the parameters."""
+  # Factored state is for large kernels alone.
+  options = {"min_dim_size_to_factor": 4} if name == "adafactor" else {}
+  config = optimizers.OptimizerConfig(name, options)
+  txs = {"net": optimizers.optimizer(config, optax.constant_schedule(1e-2))}
+  kernels = []
+  for sizes in (None, {"data": 2, "fsdp": 2, "tensor": 2}):
+    each = sharding.make_mesh(sizes)
+    batch = train_step.place_batch(jax.device_get(batch_of()), each, 0, 8)
+    with sharding.use(each):
+      state, scalars = stepper(txs)(start(txs, each), FROZEN, batch, KEY)
+    assert not scalars["skipped"]
+    kernels.append(np.asarray(state.params["net"]["kernel"]))
+  assert np.abs(kernels[0] - np.asarray(make(KEY)["net"]["kernel"].value)).max()
+  np.testing.assert_allclose(kernels[1], kernels[0], atol=1e-5)
 
 
 def test_state_is_split_over_devices():

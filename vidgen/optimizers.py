@@ -133,6 +133,11 @@ def optimizer(
   try:
     if decay and config.name in ("adamw", "lion", "lamb", "adan", "nadamw"):
       options |= {"weight_decay": decay, "mask": decayed}
+    elif config.name == "muon":
+      # Left alone it takes a stack of biases for a matrix, and one of kernels
+      # for no matrix at all.
+      options |= {"muon_weight_dimension_numbers": matrices}
+      options |= {"weight_decay": decay, "weight_decay_mask": decayed}
     elif decay:
       raise TypeError(f"weight_decay is not for {config.name}")
     tx = make(rate, **options)
@@ -149,6 +154,22 @@ def decayed(params: PyTree) -> PyTree:
   def one(path: Any, leaf: Any) -> bool:
     del leaf
     return any(getattr(key, "key", None) == "kernel" for key in path)
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def matrices(params: PyTree) -> PyTree:
+  """Says which axes of each parameter make a matrix; None where none do.
+
+  A matrix is the kernel of a linear layer, alone or in a stack over blocks.
+  """
+
+  def one(path: Any, leaf: Any) -> Any:
+    # A boxed leaf has a last key of its own, which is no name.
+    keys = [key.key for key in path if hasattr(key, "key")]
+    if keys[-1] != "kernel" or leaf.ndim - ("blocks" in keys) != 2:
+      return None
+    return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 
   return jax.tree_util.tree_map_with_path(one, params)
 

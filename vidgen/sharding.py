@@ -332,10 +332,16 @@ def shardings(boxed: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
     ValueError: A logical axis without a rule.
   """
 
-  def one(leaf: Any) -> NamedSharding:
+  def one(leaf: Any) -> Any:
     is_boxed = isinstance(leaf, nn.Partitioned)
     value = leaf.value if is_boxed else leaf
-    names = leaf.names if is_boxed else (None,) * len(value.shape)
+    if not jax.tree.leaves(value):
+      # What an optimiser that treats parameters differently has of the others.
+      return value
+    names = leaf.names if is_boxed else ()
+    if len(names) != len(value.shape):
+      # Sums of a parameter over an axis, which are small.
+      names = (None,) * len(value.shape)
     return NamedSharding(mesh, _spec(value.shape, names, mesh.shape, rules))
 
   is_box = lambda leaf: isinstance(leaf, nn.Partitioned)
