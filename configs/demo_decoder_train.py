@@ -40,6 +40,7 @@ def get_config() -> train.TrainConfig:
         lpips=0.0,
         kl=0.0,
         freeze_encoder=True,
+        latent_noise=0.25,
       ),
     ),
     stages=(

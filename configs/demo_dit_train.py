@@ -40,6 +40,7 @@ def get_config() -> train.TrainConfig:
   """Returns the run."""
   words = tuple(moving_shapes.words())
   rate = optimizers.Rate
+  hot = rate(1.5e-3, schedule="constant")
   return train.TrainConfig(
     task=diffusion.DiffusionTaskConfig(
       source=sources.Source(
@@ -63,18 +64,15 @@ def get_config() -> train.TrainConfig:
     ),
     stages=(
       train.Stage(
-        1100,
+        1500,
         _data(background="black", motions=_FIRST, things=1),
         rate(1.5e-3, warmup_steps=50, schedule="constant"),
       ),
+      train.Stage(1500, _data(background="black", things=1), hot),
+      train.Stage(1800, _data(things=1), hot),
+      train.Stage(1700, _data(), hot),
       train.Stage(
-        500,
-        _data(motions=_FIRST, things=1),
-        rate(1.5e-3, schedule="constant"),
-      ),
-      train.Stage(2600, _data(), rate(1.5e-3, schedule="constant")),
-      train.Stage(
-        1800,
+        3500,
         _data(),
         rate(1.5e-3, schedule="linear", final=0.02),
         options={"timesteps": ((0, 1000, 1.0),)},
@@ -82,7 +80,13 @@ def get_config() -> train.TrainConfig:
     ),
     optimizers={
       name: optimizers.OptimizerConfig(
-        options={"b1": 0.9, "b2": 0.98, "weight_decay": 0.01}
+        name="muon",
+        options={
+          "adam_b1": 0.9,
+          "adam_b2": 0.98,
+          "consistent_rms": 0.2,
+          "weight_decay": 0.01,
+        },
       )
       for name in ("transformer", "text_encoder")
     },

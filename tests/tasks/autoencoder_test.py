@@ -442,6 +442,24 @@ def test_a_frozen_encoder_has_no_gradient():
     np.testing.assert_allclose(decoders[0][name], want, atol=1e-5 * scale)
 
 
+def test_noise_on_latents_has_the_deviation_that_is_asked_for():
+  """Uniform in [0, most]: the mean square is a third of the largest."""
+  eps = autoencoder.latent_noise(_KEY, jnp.arange(4000), (2, 1, 1, 8), 0.3)
+  level = np.sqrt(np.mean(np.square(eps), axis=(1, 2, 3, 4)))
+  np.testing.assert_allclose(np.mean(np.square(eps)), 0.3**2 / 3, rtol=0.05)
+  assert level.min() < 0.02 and 0.25 < level.max() < 0.65
+  assert autoencoder.latent_noise(_KEY, jnp.arange(2), (1,), 0.0).any() == 0
+
+
+def test_a_decoder_reads_noisy_latents():
+  """The loss of a linear decoder grows by what the noise makes of it."""
+  losses = []
+  for most in (0.0, 0.3):
+    task = _task(_small(), latent_noise=most)
+    losses.append(float(_run(task, _init(task), _batch(1))[1]["loss"]))
+  assert losses[0] != losses[1]
+
+
 def test_past_taps_start_at_zero():
   model = _small(init_past_taps="zeros")
   boxed = _jit(model.init)(jax.random.key(0))

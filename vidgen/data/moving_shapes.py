@@ -2,9 +2,9 @@
 
 A clip shows one or two flat shapes on a flat background, each with a colour, a
 size and a motion; its captions say so in many phrasings. What a caption leaves
-out has a default (a black background, a large shape), so that a caption always
-decides the clip up to where the shapes stand. Some combinations of shape,
-colour and motion are held out: the training split never shows them.
+out has a default (a black background, a large shape, the middle of the frame),
+so that a caption decides the clip up to a pixel or so. Some combinations of
+shape, colour and motion are held out: the training split never shows them.
 """
 
 import dataclasses
@@ -124,7 +124,7 @@ def draw_scene(
       thing = _draw_one(rng, allowed, held_out and not things)
       if all(thing.colour != other.colour for other in things):
         break
-    along = 32.0 + rng.uniform(-4, 4)
+    along = 32.0 + rng.uniform(-1, 1)
     centre = (along, lane) if way == "horizontal" else (lane, along)
     things.append(
       dataclasses.replace(thing, size="small", centre=centre, reach=16.0)
@@ -142,12 +142,7 @@ def _draw_one(
       continue
     if is_held_out(shape, colour, motion) == held_out:
       break
-  x, y = DIRECTIONS.get(motion, (0, 0))
-  wide, narrow = 5.0, 2.0
-  centre = (
-    32.0 + rng.uniform(-1, 1) * (narrow if x else wide),
-    32.0 + rng.uniform(-1, 1) * (narrow if y else wide),
-  )
+  centre = (32.0 + rng.uniform(-1, 1), 32.0 + rng.uniform(-1, 1))
   reach = 18.0 if size == "small" else 14.0
   return Thing(shape, colour, size, motion, centre, reach)
 

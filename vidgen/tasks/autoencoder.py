@@ -21,9 +21,12 @@ from vidgen.nn import discriminator
 from vidgen.tasks import noising
 
 # One key a purpose: `fold_in(fold_in(key of the step, sample), purpose)`.
-_POSTERIOR, _FRAME = range(2)
+_POSTERIOR, _FRAME, _LATENT_NOISE, _LATENT_NOISE_LEVEL = range(4)
 _MAX_ADAPTIVE = 1e4
-_WEIGHTS = ("l1", "mse", "gradient", "contrast", "lpips", "kl", "adversarial")
+_AMOUNTS = (
+  "l1", "mse", "gradient", "contrast", "lpips", "kl", "adversarial",
+  "latent_noise",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -52,6 +55,9 @@ class AutoencoderLossConfig:
     freeze_encoder: Whether the decoder alone is trained, so that latents stay
       what they are. An optimiser that has moved the encoder before goes on
       moving it a little: start a run of its own for this.
+    latent_noise: The most noise that is added to latents, a deviation: how much
+      is uniform from 0. A decoder that is to make videos from what a denoiser
+      leaves has to read latents that are a little off.
   """
 
   l1: float = 1.0
@@ -68,11 +74,12 @@ class AutoencoderLossConfig:
   discriminator_layers: int = 3
   freeze_past_taps: bool = False
   freeze_encoder: bool = False
+  latent_noise: float = 0.0
 
 
 def check(config: AutoencoderLossConfig) -> None:
   """Raises InputError where a config asks for what cannot be."""
-  for name in _WEIGHTS:
+  for name in _AMOUNTS:
     if not 0 <= getattr(config, name) < float("inf"):
       raise errors.InputError(f"config: {name} must be 0 or more.")
   if config.lpips_net not in lpips.NETS:
@@ -126,6 +133,20 @@ def noise(
 ) -> Float[Array, " b *shape"]:
   """Returns the noise of each sample's latents, of `shape`, unit variance."""
   return samplers.normal(noising.keys_of(key, index, _POSTERIOR), shape)
+
+
+def latent_noise(
+  key: Key[Array, ""],
+  index: Int[Array, " b"],
+  shape: tuple[int, ...],
+  most: float,
+) -> Float[Array, " b *shape"]:
+  """Returns noise whose deviation is uniform in [0, most], one a sample."""
+  level = jax.vmap(jax.random.uniform)(
+    noising.keys_of(key, index, _LATENT_NOISE_LEVEL)
+  )
+  eps = samplers.normal(noising.keys_of(key, index, _LATENT_NOISE), shape)
+  return most * level.reshape(-1, *[1] * len(shape)) * eps
 
 
 def kl(posterior: Posterior) -> Float[Array, ""]:
@@ -222,6 +243,7 @@ class AutoencoderTask:
     self.config = config
     self.groups = ("vae",)
     self.averaged = ("vae",)
+    self.heads = None
     if config.adversarial:
       self.groups += ("discriminator",)
     self._lpips_folder = lpips_folder
@@ -370,6 +392,10 @@ class AutoencoderTask:
       posterior = jax.lax.stop_gradient(posterior)
     eps = noise(key, index, posterior.mean.shape[1:])
     latents = posterior.mean + jnp.exp(posterior.logvar / 2) * eps
+    if self.config.latent_noise:
+      latents += latent_noise(
+        key, index, eps.shape[1:], self.config.latent_noise
+      )
     return self._decode(params, latents, x), posterior
 
   def _decode(self, params, latents, x):
