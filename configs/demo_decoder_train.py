@@ -45,7 +45,7 @@ def get_config() -> train.TrainConfig:
     ),
     stages=(
       train.Stage(
-        num_steps=3000,
+        num_steps=1300,
         data=_data(9, 2),
         rate=optimizers.Rate(6e-4, warmup_steps=100, final=0.02),
       ),

@@ -7,7 +7,6 @@ Hardware: 2 CPU cores, 4 GB.
 Cost: as a step of demo_dit_train.py for half as many videos, 200 times; the
 frozen text encoder and autoencoder are small.
 Expect: videos in the manner of the folder's, by `vidgen sample` with
---checkpoint=runs/demo_dit/published and
 --config.lora=runs/demo_lora/published/pytorch_lora_weights.safetensors. It
 reads the words of moving shapes alone: captions need them. The videos need 17
 frames or more, and are shown to it in 64x64.
@@ -22,7 +21,7 @@ def get_config() -> train.TrainConfig:
   """Returns the run."""
   return train.TrainConfig(
     task=diffusion.DiffusionTaskConfig(
-      source=sources.Source(checkpoint="runs/demo_dit/published"),
+      source=sources.Source(checkpoint="demo"),
       lora=adapters.LoraConfig(rank=8, alpha=8.0),
       dtype="float32",
       samples=diffusion.SampleSettings(

@@ -23,6 +23,7 @@ class FakePipeline:
   """Stands in for a loaded model."""
 
   fps = 8
+  why_mesh = ""
 
   def __init__(self):
     self.model = types.SimpleNamespace(plan=lambda request: None)
@@ -106,7 +107,8 @@ def test_mistaken_commands(capsys):
     (["--config.num_steps=2.5"], "--config.num_steps=2.5: invalid"),
     (["--config.tiling=maybe"], "--config.tiling=maybe: "),
     (["--config.mesh.cfg=two"], "--config.mesh.cfg=two: must be of type"),
-    (["--config.mesh=2"], "--config.mesh.NAME=VALUE"),
+    (["--config.mesh=2"], "mesh: '2' is unknown; give auto, one of data,"),
+    (["--config.options=2"], "--config.options.NAME=VALUE"),
     (["--config.mesh.cfg"], "--config.mesh.cfg: has no value"),
     (["--config.prompt.x=2"], "--config.prompt.x"),
     (["--seed=x"], "--seed=x: "),
@@ -120,6 +122,14 @@ def test_mistaken_commands(capsys):
 )
 def test_mistaken_flags(capsys, jobs, argv, message):
   assert message in fails(capsys, "sample", *argv)
+
+
+def test_a_mistaken_field_of_a_field(capsys, tmp_path):
+  config = "--config=configs/demo_vae_train.py"
+  workdir = f"--workdir={tmp_path / 'run'}"
+  line = fails(capsys, "train", config, workdir, "--config.task.los.l1=2.0")
+  assert "AutoencoderTaskConfig has no field 'los'" in line
+  assert line.endswith("Did you mean loss?")
 
 
 @pytest.mark.parametrize(

@@ -104,13 +104,23 @@ def test_a_training_step(checkpoint, tmp_path):
   assert "It fits." in str(found)
 
 
+@pytest.mark.slow
+def test_a_mesh_is_chosen(checkpoint, tmp_path):
+  """Of four chips two make a branch, and two have two of the four heads."""
+  config = sample.SampleConfig(checkpoint=str(checkpoint), mesh="auto")
+  found = compiling.run(programs.SampleJob(config, tmp_path), TOPOLOGY)
+  assert found.mesh == {"cfg": 2, "context": 2}
+  assert "\nmesh: auto chose cfg=2, context=2 for 4 devices:" in str(found)
+
+
 class Jobs:
   """A job too large for a device, that fits once it is halved."""
 
   def __init__(self, gib, halves=True):
-    self.gib, self.halves = gib, halves
+    self.gib, self.halves, self.why_mesh = gib, halves, ""
 
-  def programs(self, devices):
+  def programs(self, devices, device_bytes):
+    assert 2**33 < device_bytes < 2**36
     import jax
     import jax.numpy as jnp
 

@@ -1,5 +1,7 @@
 """Meshes by name, and the one that is chosen for a model."""
 
+import math
+
 import pytest
 
 from vidgen import errors, layouts, sharding
@@ -66,15 +68,20 @@ def test_auto_takes_all_devices(devices, heads):
 
 def test_names():
   sizes = {"data": 2, "tensor": 4}
-  need = layouts.Need(48)
-  assert layouts.resolve(sizes, 8, need).sizes == sizes
-  assert layouts.resolve(None, 8, need).sizes == {}
-  assert layouts.resolve("auto", 8, need).sizes == {"context": 8}
-  chosen = layouts.resolve("cfg_context", 8, need).sizes
-  mesh = sharding.make_mesh(chosen)
-  assert (mesh.shape["cfg"], mesh.shape["context"]) == (2, 4)
+
+  def made(mesh, need=lambda: layouts.Need(1)):
+    made, why = layouts.make(mesh, need)
+    assert bool(why) == (mesh == "auto")
+    return {axis: size for axis, size in made.shape.items() if size > 1}
+
+  assert made(sizes) == sizes
+  assert made(None) == made({}) == {}
+  assert made("auto", lambda: layouts.Need(48)) == {"context": 8}
+  assert made("cfg_context") == {"cfg": 2, "context": 4}
+  for name in layouts.PRESETS:
+    assert math.prod(made(name).values()) == 8
   with pytest.raises(errors.InputError, match=r"'best' is unknown.*auto"):
-    layouts.resolve("best", 8, need)
+    layouts.make("best", lambda: layouts.Need(1))
 
 
 def test_more_parts_than_heads_is_an_error():

@@ -12,7 +12,7 @@ from flax import linen as nn
 import vidgen
 from tests import tiny_cogvideox
 from vidgen import errors, pipeline
-from vidgen.models import cogvideox
+from vidgen.models import base, cogvideox
 from vidgen.models.cogvideox import transformer
 
 PROMPT = "a panda plays in the forest"
@@ -144,6 +144,17 @@ def test_stage_residency_has_one_component_on_the_device(folder, loaded):
   ]
   assert during == [{"transformer"}] * 2
   assert all(names == set() for names in seen.values())
+
+
+def test_a_mesh_is_chosen_for_the_model(folder):
+  """Two heads split once, guidance once; the rest is a ring."""
+  loaded = vidgen.load(folder, mesh="auto")
+  sizes = {axis: n for axis, n in loaded.mesh.shape.items() if n > 1}
+  assert sizes == {"cfg": 2, "ring": 2, "context": 2}
+  assert loaded.why_mesh.startswith("mesh: auto chose cfg=2, ring=2, context=2")
+  plain = lambda model: [model.plan(base.Request(guidance_scale=1.0))]
+  loaded = vidgen.load(folder, mesh="auto", check=plain)
+  assert (loaded.mesh.shape["cfg"], loaded.mesh.shape["ring"]) == (1, 4)
 
 
 def test_weights_match_whatever_the_residency(folder, loaded):

@@ -14,6 +14,7 @@ import vidgen
 from tests import tiny_cogvideox, tiny_tokenizer
 from vidgen import errors, publish, tensorfile
 from vidgen.models import base, cogvideox
+from vidgen.models.cogvideox import plan
 
 CONFIGS = {
   "2b": cogvideox.config_2b,
@@ -44,6 +45,24 @@ def test_configs_read_back(variant, sampler, tmp_path):
   assert cogvideox.read_config(tmp_path) == config
   kind = PIPELINES[variant.endswith("i2v")].__name__
   assert configs["model_index.json"]["_class_name"] == kind
+
+
+def test_a_checkpoint_has_defaults_of_its_own(tmp_path):
+  plain = CONFIGS["2b"]()
+  config = dataclasses.replace(plain, num_steps=25, guidance_scale=1.6)
+  configs = cogvideox.published_configs(config)
+  index = configs["model_index.json"]
+  own = index.keys() - cogvideox.published_configs(plain)["model_index.json"]
+  assert own == {"_num_steps", "_guidance_scale"}
+  write_configs(configs, tmp_path)
+  assert cogvideox.read_config(tmp_path) == config
+  made = plan.plan(config, base.Request())
+  assert len(made.schedule) == 25 and (made.guidance == 1.6).all()
+  for value in (0, "6", None, True):
+    index["_guidance_scale"] = value
+    write_configs(configs, tmp_path)
+    with pytest.raises(errors.InputError, match="_guidance_scale"):
+      cogvideox.read_config(tmp_path)
 
 
 @pytest.mark.parametrize("variant", ["2b", "1.5-5b-i2v"])

@@ -18,6 +18,7 @@ class FakePipeline:
   """Stands in for a loaded model: its pixels say which clip was asked for."""
 
   fps = 8
+  why_mesh = ""
 
   def __init__(self):
     self.calls = []

@@ -30,6 +30,7 @@ class Toy:
   mesh: Any
   pause: float
   groups: tuple[str, ...] = ("line",)
+  heads: int | None = None
   averaged: tuple[str, ...] = ("line",)
 
   def init(self, key):

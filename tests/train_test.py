@@ -349,6 +349,22 @@ def test_bad_configs(fields, word, data_dir, checkpoint, tmp_path):
   assert not (tmp_path / "run").exists(), "nothing is left to be in the way"
 
 
+def test_a_mesh_is_chosen(data_dir, checkpoint):
+  """Weights are split unless there is known to be room for copies."""
+  config = tiny_training.config(
+    data_dir,
+    checkpoint,
+    stages=(tiny_training.stage(data_dir, batch_size=4),),
+    mesh="auto",
+  )
+  mesh, why = train.choose_mesh(config)
+  sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+  assert sizes == {"fsdp": 4, "context": 2}
+  assert why.startswith("mesh: auto chose fsdp=4, context=2 for 8 devices: ")
+  roomy, _ = train.choose_mesh(config, device_bytes=2**34)
+  assert (roomy.shape["data"], roomy.shape["context"]) == (4, 2)
+
+
 def test_a_stage_without_clips_is_told_before_the_run(
   data_dir, checkpoint, tmp_path
 ):

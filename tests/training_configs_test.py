@@ -31,7 +31,7 @@ PUBLISHED = {
   "THUDM/CogVideoX1.5-5B-I2V": cogvideox.config_1_5_5b_i2v(),
 }
 # What the demo's own runs publish.
-MADE_HERE = tuple(f"runs/demo_{n}/published" for n in ("vae", "decoder", "dit"))
+MADE_HERE = ("runs/demo_vae/published", "runs/demo_decoder/published", "demo")
 # Of components, by their config.
 SHAPES = {}
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def load(
   path_or_hub_id: Any,
   dtype: Any = "bfloat16",
-  mesh: Mapping[str, int] | None = None,
+  mesh: Mapping[str, int] | str | None = None,
   *,
   revision: str | None = None,
   residency: str = "all",
@@ -27,8 +27,8 @@ def load(
     path_or_hub_id: A folder in the published or the Orbax layout, or a hub id.
     dtype: What weights are held and computed in: "bfloat16", "float16" or
       "float32".
-    mesh: Mesh axis to size, for example `{"cfg": 2, "tensor": 4}`; None is one
-      device.
+    mesh: Mesh axis to size, for example `{"cfg": 2, "tensor": 4}`; the name of
+      a preset, or "auto", of all devices; None is one device.
     revision: A branch, tag or commit of the hub's repository.
     residency: "all" keeps every component on the devices, "stage" brings each
       from the host for its stage alone.

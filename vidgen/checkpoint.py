@@ -43,6 +43,9 @@ PATTERNS = (
   f"*/{ORBAX}/*",
 )
 IGNORED = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")
+# The small model's name, and where it is.
+DEMO = "demo"
+_DEMO = pathlib.Path(__file__).parent / "assets" / DEMO
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Seconds to wait for the hub's first answer; its own client waits for ever.
 _TIMEOUT = 10.0
@@ -62,14 +65,17 @@ def resolve(
   """Returns the folder of a checkpoint, fetched if it is not here.
 
   Args:
-    path_or_hub_id: A folder, or the id of a repository, "owner/name".
+    path_or_hub_id: A folder, the id of a repository, "owner/name", or "demo":
+      the small model that the package carries. A folder of that name is
+      "./demo".
     revision: A branch, a tag or a commit of the repository.
 
   Raises:
     InputError: It is neither, or cannot be fetched.
   """
   text = os.fspath(path_or_hub_id)
-  folder = pathlib.Path(os.path.expanduser(text))
+  own = text == DEMO
+  folder = _DEMO if own else pathlib.Path(os.path.expanduser(text))
   if text and os.path.exists(folder):
     if not folder.is_dir():
       raise errors.InputError(
@@ -77,7 +83,7 @@ def resolve(
       )
     if revision is not None:
       raise errors.InputError(
-        f"{folder}: a folder has no revision {revision}; drop one of them."
+        f"{text}: a folder has no revision {revision}; drop one of them."
       )
     manifest.verify_small(folder)
     return folder

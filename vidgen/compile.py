@@ -95,6 +95,7 @@ class Report:
     devices: How many.
     mesh: The size of each axis that is split.
     hbm_limit_bytes: What a device has.
+    why_mesh: Why it is this mesh, where it was chosen.
     programs: One after another.
     advice: What would make it fit, when it does not; empty when nothing tried
       would.
@@ -105,6 +106,7 @@ class Report:
   mesh: dict[str, int]
   hbm_limit_bytes: int
   programs: list[Result]
+  why_mesh: str = ""
   advice: str = ""
 
   @property
@@ -146,6 +148,7 @@ class Report:
     head = f"{'program':{_NAME}}" + "".join(f"{c:>{_WIDTH}}" for c in _COLUMNS)
     lines = [
       f"{self.topology}: {self.devices} devices of {limit}; mesh: {mesh}",
+      *([self.why_mesh] if self.why_mesh else []),
       "",
       head,
       *(_row(program) for program in self.programs),
@@ -294,8 +297,16 @@ def write_json(path: str | os.PathLike, report: Report) -> None:
 class Job(Protocol):
   """A job that can say what it would run; see `vidgen.programs`."""
 
-  def programs(self, devices: Sequence[Any]) -> tuple[Mesh, list[Program]]:
-    """Returns the mesh it lays over devices, and its programs on that."""
+  why_mesh: str
+
+  def programs(
+    self, devices: Sequence[Any], device_bytes: int | None = None
+  ) -> tuple[Mesh, list[Program]]:
+    """Returns the mesh it lays over devices, and its programs on that.
+
+    Of a mesh that it chose itself, by the memory of a device, `why_mesh` then
+    says why.
+    """
 
   def alternatives(self) -> Iterator[tuple[str, "Job"]]:
     """Yields changes that save memory, what costs least first."""
@@ -337,12 +348,13 @@ def run(job: Job, name: str, save: str | os.PathLike | None = None) -> Report:
 
 
 def _compile(job, where, kept=None) -> tuple[Report, Mesh]:
-  mesh, programs = job.programs(where.devices)
+  mesh, programs = job.programs(where.devices, where.chip.hbm_bytes)
   with _without_cache():
     results = [measure(one, where, mesh.size, kept) for one in programs]
   sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
   limit = where.chip.hbm_bytes
-  return Report(where.name, mesh.size, sizes, limit, results), mesh
+  report = Report(where.name, mesh.size, sizes, limit, results, job.why_mesh)
+  return report, mesh
 
 
 @contextlib.contextmanager

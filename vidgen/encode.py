@@ -25,6 +25,7 @@ from jaxtyping import Array, Int, PyTree
 from vidgen import (
   checkpoint,
   errors,
+  layouts,
   preemption,
   progress,
   sharding,
@@ -153,7 +154,10 @@ def run(
   if not (out / cache.NAME).exists():
     checkpoint.new_folder(out)
   writer = draft.Draft(out)
-  mesh = sharding.make_mesh(config.mesh or None)
+  sizes = layouts.named(config.mesh)
+  # A clip needs no other: what is chosen for encoding is simple.
+  sizes = {"data": -1} if sizes is None else sizes
+  mesh = sharding.make_mesh(sizes or None)
   task = config.task.build(mesh)
   if not isinstance(task, diffusion.DiffusionTask):
     raise errors.InputError(

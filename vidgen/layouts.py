@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
 
 from vidgen import errors, meshes, sharding
 
@@ -58,30 +61,52 @@ class Choice(NamedTuple):
   why: str
 
 
-def resolve(
-  mesh: str | Mapping[str, int] | None, devices: int, need: Need
-) -> Choice:
-  """Returns the sizes that a config's mesh stands for.
+def named(mesh: str | Mapping[str, int] | None) -> Any:
+  """Returns the sizes that a config's mesh stands for; None if chosen later.
 
   Args:
-    mesh: "auto", the name of a preset, or sizes as they are; None is one
-      device.
-    devices: How many there are.
-    need: What "auto" chooses by.
+    mesh: "auto", the name of a preset, or sizes, which stay as they are.
 
   Raises:
     InputError: An unknown name.
   """
   if not isinstance(mesh, str):
-    return Choice(dict(mesh or {}), "")
+    return mesh or {}
   if mesh == AUTO:
-    return auto(devices, need)
+    return None
   if mesh not in PRESETS:
     raise errors.InputError(
       f"mesh: {mesh!r} is unknown; give {AUTO}, one of {', '.join(PRESETS)}, "
       "or the size of each axis."
     )
-  return Choice(dict(PRESETS[mesh]), f"mesh: {mesh}")
+  return dict(PRESETS[mesh])
+
+
+def make(
+  mesh: str | Mapping[str, int] | None,
+  need: Callable[[], Need],
+  devices: Sequence[Any] | None = None,
+) -> tuple[Mesh, str]:
+  """Returns the mesh of a config, and why it is this if it was chosen.
+
+  Args:
+    mesh: As `named` takes it; none is one device.
+    need: Says what "auto" chooses by; is not asked otherwise.
+    devices: All there are by default.
+
+  Raises:
+    InputError: A mesh that is unknown or does not fit the devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes, why = named(mesh), ""
+  if sizes is None:
+    sizes, why = auto(len(devices), need())
+  return meshes.make(sizes or None, devices), why
+
+
+def memory_of(device: Any) -> int | None:
+  """Returns the bytes of memory of a device; None where it does not say."""
+  return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def auto(devices: int, need: Need) -> Choice:

@@ -6,13 +6,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from vidgen import (
   ahead,
   checkpoint,
   errors,
   executables,
+  layouts,
   sharding,
   tensorfile,
   weights,
@@ -27,7 +30,7 @@ RESIDENCIES = ("all", "stage")
 def load(
   path_or_hub_id: str,
   dtype: Any,
-  mesh: Mapping[str, int] | None,
+  mesh: Mapping[str, int] | str | None,
   *,
   revision: str | None,
   residency: str,
@@ -48,13 +51,21 @@ def load(
     raise errors.InputError(
       f"residency: {residency!r} is not one of {', '.join(RESIDENCIES)}."
     )
-  mesh = sharding.make_mesh(mesh)
+  sizes = layouts.named(mesh)
+  if sizes is not None:
+    # A mistake in it is told before a checkpoint is fetched.
+    sharding.make_mesh(sizes or None)
   folder = checkpoint.resolve(path_or_hub_id, revision)
   model = base.find_family(folder).open_model(folder, dtype)
   plans = (check(model) if check is not None else None) or ()
+  memory = layouts.memory_of(jax.devices()[0])
+  mesh, why = layouts.make(
+    mesh, lambda: need(model, plans, dtype, residency, memory)
+  )
   pipeline = Pipeline(
     model, _shapes(model, mesh, dtype), mesh, on_host=residency == "stage"
   )
+  pipeline.why_mesh = why
   if programs is not None:
     devices = list(mesh.devices.flat)
     identity = executables.identity(devices, mesh.shape)
@@ -72,6 +83,25 @@ def load(
       params = _merge_lora(params, model.components, lora, lora_scale)
   pipeline.replace(params)
   return pipeline
+
+
+def need(
+  model: base.Model,
+  plans: Iterable[base.Plan],
+  dtype: DTypeLike,
+  residency: str,
+  device_bytes: int | None,
+) -> layouts.Need:
+  """Returns what a mesh for sampling clip by clip is chosen by."""
+  plans = list(plans)
+  sizes = [base.count(part) for part in model.components]
+  stored = sum(sizes) if residency == "all" else max(sizes)
+  return layouts.Need(
+    heads=model.heads,
+    guided=not plans or any(plan.guidance is not None for plan in plans),
+    stored_bytes=stored * jnp.dtype(dtype).itemsize,
+    device_bytes=device_bytes,
+  )
 
 
 def _shapes(model, mesh, dtype):

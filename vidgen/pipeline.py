@@ -56,6 +56,7 @@ class Pipeline:
     params: The parameters of each component: on their devices, or on the host
       where they come and go with the stages (`residency="stage"`).
     mesh: The mesh that everything runs on.
+    why_mesh: Why it is this mesh, in a line, where it was chosen; else empty.
     ready: Programs that need not be compiled when they are called.
     conditioners: The stages of conditioning, and what runs each.
     denoise: Runs steps; `decoder` decodes. Compiled functions.
@@ -72,6 +73,7 @@ class Pipeline:
     self.model = model
     self.params = params
     self.mesh = mesh
+    self.why_mesh = ""
     self._on_host = on_host
     self.ready = ahead.Ready()
     self._where = {

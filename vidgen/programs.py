@@ -22,6 +22,8 @@ from vidgen import (
   arguments,
   checkpoint,
   errors,
+  layouts,
+  loading,
   models,
   sharding,
   train,
@@ -42,13 +44,13 @@ def skeleton(name: str, folder: pathlib.Path) -> pathlib.Path:
   not, the configs are written from what the families know.
 
   Args:
-    name: A folder, or a hub id.
+    name: As `checkpoint.resolve` takes it.
     folder: Where configs may be written.
 
   Raises:
     InputError: It is neither here nor known.
   """
-  if pathlib.Path(name).expanduser().exists():
+  if name == checkpoint.DEMO or pathlib.Path(name).expanduser().exists():
     return checkpoint.resolve(name)
   known: dict[str, Any] = {}
   for package in pkgutil.iter_modules(models.__path__):
@@ -86,15 +88,18 @@ class SampleJob:
   Attributes:
     config: Of the job.
     folder: Where configs of checkpoints may be written.
+    why_mesh: Why the last mesh was this, if it was chosen.
   """
 
   config: SampleConfig
   folder: pathlib.Path
+  why_mesh: str = ""
 
-  def programs(self, devices: Sequence[Any]) -> tuple[Mesh, list[Program]]:
+  def programs(
+    self, devices: Sequence[Any], device_bytes: int | None = None
+  ) -> tuple[Mesh, list[Program]]:
     """Returns the mesh and, of one clip, text, image, denoising, decoding."""
     config = self.config
-    mesh = sharding.make_mesh(config.mesh or None, devices)
     home = skeleton(config.checkpoint, self.folder)
     dtype = jnp.dtype(config.dtype)
     model = base.find_family(home).open_model(home, dtype)
@@ -113,6 +118,13 @@ class SampleJob:
         image,
         config.options,
       )
+    )
+    mesh, self.why_mesh = layouts.make(
+      config.mesh,
+      lambda: loading.need(
+        model, [plan], dtype, config.residency, device_bytes
+      ),
+      devices,
     )
     boxed = {part.name: part.shapes() for part in model.components}
     shapes = {part.name: base.shapes(part) for part in model.components}
@@ -159,18 +171,22 @@ class TrainJob:
   Attributes:
     config: Of the run.
     folder: As of `SampleJob`.
+    why_mesh: As of `SampleJob`.
   """
 
   config: train.TrainConfig
   folder: pathlib.Path
+  why_mesh: str = ""
 
-  def programs(self, devices: Sequence[Any]) -> tuple[Mesh, list[Program]]:
+  def programs(
+    self, devices: Sequence[Any], device_bytes: int | None = None
+  ) -> tuple[Mesh, list[Program]]:
     """Returns the mesh and a program for each size of batch."""
     config = copy.deepcopy(self.config)
     source = getattr(config.task, "source", config.task)
     if source.checkpoint is not None:
       source.checkpoint = str(skeleton(source.checkpoint, self.folder))
-    mesh = sharding.make_mesh(config.mesh or None, devices)
+    mesh, self.why_mesh = train.choose_mesh(config, devices, device_bytes)
     task = config.task.build(mesh)
     trainer = train.Trainer(config, task, mesh)
     frozen = task.frozen_shapes(mesh)
@@ -209,8 +225,11 @@ class TrainJob:
     return TrainJob(dataclasses.replace(self.config, **fields), self.folder)
 
 
-def _meshes(mesh: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
+def _meshes(
+  mesh: dict[str, int] | str,
+) -> Iterator[tuple[str, dict[str, int]]]:
   """Yields meshes that hold less on each device."""
+  mesh = layouts.named(mesh) or {}
   fixed = {axis: n for axis, n in mesh.items() if axis not in ("data", "fsdp")}
   yield "mesh.fsdp=-1 in place of data", {**fixed, "fsdp": -1}
   for size in (2, 4, 8):

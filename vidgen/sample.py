@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 import vidgen
-from vidgen import clips, errors, prompts, video
+from vidgen import clips, errors, layouts, prompts, video
 from vidgen import progress as progress_lib
 from vidgen.models import base
 
@@ -35,10 +35,12 @@ class SampleConfig:
   """What a sampling job does. None leaves a field to the checkpoint.
 
   Attributes:
-    checkpoint: A folder in the published layout, a hub id or a run's folder.
+    checkpoint: A folder in either layout, a hub id, or "demo", the small model
+      that the package carries.
     revision: The hub revision.
     dtype: What the networks compute in.
-    mesh: Mesh axis to size; empty is one device.
+    mesh: Mesh axis to size; empty is one device. "auto" chooses for the model
+      and all devices, and names of `layouts.PRESETS` stand for theirs.
     residency: "stage" keeps a network's weights on the device only while they
       are needed, "all" keeps all.
     prompt: One prompt, or
@@ -55,10 +57,10 @@ class SampleConfig:
     options: What a family alone has, `{"dynamic_guidance": True}` for one.
   """
 
-  checkpoint: str = "THUDM/CogVideoX-2b"
+  checkpoint: str = "demo"
   revision: str | None = None
   dtype: str = "bfloat16"
-  mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+  mesh: dict[str, int] | str = dataclasses.field(default_factory=dict)
   residency: str = "all"
   prompt: str | None = None
   prompts: str | None = None
@@ -105,6 +107,8 @@ def run(
     with progress:
       with progress.stage("load"):
         pipeline = load(config, planned)
+        if pipeline.why_mesh:
+          progress.say(pipeline.why_mesh)
       for done, clip in enumerate(planned, 1):
         progress.clip(done, len(planned))
         files += _make(pipeline, clip, config, out, progress)
@@ -227,7 +231,7 @@ def _check_config(config: SampleConfig) -> None:
       f"config: {taken[0]!r} is no option of a family; set --config."
       f"{taken[0]} itself."
     )
-  if config.mesh.get("data", 1) != 1:
+  if (layouts.named(config.mesh) or {}).get("data", 1) != 1:
     raise errors.InputError(
       "config: mesh.data splits a batch, and the job makes one clip at a time; "
       "use cfg, fsdp, context or tensor."

@@ -8,9 +8,11 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from jaxtyping import Array, PyTree
 
 from vidgen import (
   errors,
+  layouts,
   meters,
   optimizers,
   preemption,
@@ -65,7 +68,8 @@ class TrainConfig:
       default.
     accumulate: Parts that a batch is taken in, one after another.
     ema_decay: Of the average of the weights.
-    mesh: Mesh axis to size; empty is one device.
+    mesh: Mesh axis to size; empty is one device. "auto" chooses for the task
+      and all devices, and names of `layouts.PRESETS` stand for theirs.
     checkpoint_every: Steps from one checkpoint to the next.
     keep: Checkpoints that stay, the newest.
     sample_every: Steps from one set of samples to the next; 0 makes none.
@@ -84,7 +88,7 @@ class TrainConfig:
   )
   accumulate: int = 1
   ema_decay: float = 0.9999
-  mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+  mesh: dict[str, int] | str = dataclasses.field(default_factory=dict)
   checkpoint_every: int = 1000
   keep: int = 3
   sample_every: int = 1000
@@ -156,7 +160,9 @@ def run(config: TrainConfig, workdir: str | pathlib.Path) -> pathlib.Path:
     DivergedError: Too many steps in a row would have done harm.
   """
   total = check(config)
-  mesh = sharding.make_mesh(config.mesh or None)
+  mesh, why = choose_mesh(config)
+  if why and jax.process_index() == 0:
+    print(why, file=sys.stderr)
   workdir = pathlib.Path(workdir)
   # A folder is made once all is checked that can be without the weights.
   task = config.task.build(mesh)
@@ -177,6 +183,39 @@ def run(config: TrainConfig, workdir: str | pathlib.Path) -> pathlib.Path:
       folder.wait()
     with meter.timing("publish"):
       return _publish(task, state, frozen, workdir)
+
+
+def choose_mesh(
+  config: TrainConfig,
+  devices: Sequence[Any] | None = None,
+  device_bytes: int | None = None,
+) -> tuple[Mesh, str]:
+  """Returns the mesh of a run, and why it is this if it was chosen.
+
+  Args:
+    config: Of the run.
+    devices: All there are by default.
+    device_bytes: Memory of each; by default what they say themselves.
+
+  Raises:
+    InputError: A mesh that is unknown or does not fit the devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+
+  def need() -> layouts.Need:
+    one = sharding.make_mesh(None, devices[:1])
+    task = config.task.build(one)
+    shapes = jax.tree.leaves(Trainer(config, task, one).shapes)
+    sizes = [b.batch_size for s in config.stages for b in loader.sized(s.data)]
+    return layouts.Need(
+      heads=task.heads or len(devices),
+      batch=math.gcd(*sizes) // config.accumulate,
+      stored_bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes),
+      device_bytes=device_bytes or layouts.memory_of(devices[0]),
+      training=True,
+    )
+
+  return layouts.make(config.mesh, need, devices)
 
 
 def open_folder(config: TrainConfig, workdir: str | pathlib.Path) -> runs.Run:

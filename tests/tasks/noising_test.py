@@ -16,7 +16,7 @@ LEVELS = diffusion.trained(diffusion.zero_terminal_snr())
 class Guess:
   """A model of two numbers: v = guess · (1 + text), with text as condition."""
 
-  components, fps, latent_channels = (), 8, 2
+  components, fps, latent_channels, heads = (), 8, 2, 1
   # What a loss has no use for.
   plan = inputs = encode = decode = denoise = flops = len
   image_condition = published_configs = len

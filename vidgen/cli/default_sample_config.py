@@ -1,4 +1,4 @@
-"""The config of `vidgen sample` when --config names none: CogVideoX-2b."""
+"""The config of `vidgen sample` when --config names none: the small model."""
 
 from vidgen import sample
 

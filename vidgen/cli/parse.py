@@ -3,17 +3,25 @@
 import ast
 import dataclasses
 import os
+import pydoc
 import re
 import sys
+import types
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from vidgen import errors, prompts
+
+# How config_flags says so, at the end of a path and on the way.
+_NO_FIELD = (
+  r"Field (?P<name>\w+) not found on dataclass <class '(?P<kind>[\w.]+)'>",
+  r"Attribute <class '(?P<kind>[\w.]+)'>\.(?P<name>\w+) does not exist",
+)
 
 Define = Callable[[flags.FlagValues, list[str]], None]
 
@@ -71,10 +79,13 @@ def define_config(
   path = named[-1][1] if named else default
   if not os.path.isfile(path.split(":")[0]):
     raise errors.InputError(f"--config={path}: there is no such file.")
-  types = config_type if isinstance(config_type, tuple) else (config_type,)
-  fields = {f.name: f.type for t in types for f in dataclasses.fields(t)}
-  dicts = {n for n, t in fields.items() if typing.get_origin(t) is dict}
+  kinds = config_type if isinstance(config_type, tuple) else (config_type,)
+  fields = {f.name: f.type for t in kinds for f in dataclasses.fields(t)}
+  dicts = {n: d for n, t in fields.items() if (d := _dict_of(t)) is not None}
   entries = _take(argv, rf"config\.(?:{'|'.join(dicts)})\.[^=]+")
+  # Some stand for a dict by a name.
+  named = [n for n in dicts if dicts[n] is not fields[n]]
+  names = _take(argv, rf"config\.(?:{'|'.join(named)})") if named else []
   _check_overrides(argv, fields, dicts)
   try:
     with warnings.catch_warnings():
@@ -88,15 +99,19 @@ def define_config(
   except Exception as error:  # A config is a program: it may raise anything.
     raise errors.InputError(_explain(path.split(":")[0], error)) from error
   config = values["config"].value
-  if not isinstance(config, types):
-    names = " or a ".join(kind.__name__ for kind in types)
+  if not isinstance(config, kinds):
+    expected = " or a ".join(kind.__name__ for kind in kinds)
     raise errors.InputError(
-      f"{path}: get_config() must return a {names}, not a "
+      f"{path}: get_config() must return a {expected}, not a "
       f"{type(config).__name__}."
     )
+  for name, text in names:
+    setattr(config, name.split(".")[1], text)
   for name, text in entries:
     _, field, key = name.split(".", 2)
-    kind = typing.get_args(fields[field])[1]
+    kind = typing.get_args(dicts[field])[1]
+    if isinstance(getattr(config, field), str):
+      setattr(config, field, {})
     getattr(config, field)[key] = _entry(name, kind, text)
 
 
@@ -138,7 +153,7 @@ def _take(argv: list[str], pattern: str) -> list[tuple[str, str]]:
 
 
 def _check_overrides(
-  argv: list[str], fields: dict[str, Any], dicts: set[str]
+  argv: list[str], fields: dict[str, Any], dicts: Container[str]
 ) -> None:
   """Checks that the fields to override exist."""
   for argument in argv:
@@ -160,6 +175,16 @@ def _check_overrides(
       raise errors.InputError(
         f"--config.{name}: set its entries, --config.{name}.NAME=VALUE."
       )
+
+
+def _dict_of(kind: Any) -> Any:
+  """Returns the dict that a field may be, or None."""
+  kinds = (kind, *typing.get_args(kind)) if _is_union(kind) else (kind,)
+  return next((k for k in kinds if typing.get_origin(k) is dict), None)
+
+
+def _is_union(kind: Any) -> bool:
+  return isinstance(kind, types.UnionType)
 
 
 def _is_nested(kind: Any) -> bool:
@@ -194,8 +219,14 @@ def _explain(path: str, error: Exception) -> str:
       at.append(trace.tb_lineno)
     trace = trace.tb_next
   last = text.strip().splitlines()[-1] if text.strip() else ""
-  if field := re.search(r"Field (\w+) not found on dataclass .*\.(\w+)'", text):
-    return f"--config: a {field[2]} has no field {field[1]!r}; see {path}."
+  for pattern in _NO_FIELD:
+    if found := re.search(pattern, text):
+      kind = pydoc.locate(found["kind"])
+      there = [f.name for f in dataclasses.fields(kind)] if kind else []
+      return (
+        f"--config: {found['kind'].split('.')[-1]} has no field "
+        f"{found['name']!r}; see {path}.{prompts.closest(found['name'], there)}"
+      )
   if not at and isinstance(error, flags.Error):
     return last.removeprefix("flag ")
   if not isinstance(error, flags.Error):

@@ -11,8 +11,8 @@ what to make
   --seed=N            0 by default; the same seed gives the same video
 
 with what, and where to
-  --checkpoint=NAME   a folder in either layout, or a hub id;
-                      THUDM/CogVideoX-2b by default
+  --checkpoint=NAME   a folder in either layout, or a hub id; demo, the small
+                      model that vidgen carries, by default
   --out=DIR           samples by default; DIR/clips.jsonl lists the videos
   --config=FILE       a Python file whose get_config() returns all of this;
                       see configs/
@@ -26,7 +26,8 @@ any field of the config, --config.FIELD=VALUE
   as above prompt prompts image video seed checkpoint out
 
 example
-  vidgen sample --prompt="A panda plays the guitar." --config.num_steps=30
+  vidgen sample --prompt="A small red circle moves to the right."
+  vidgen sample --checkpoint=THUDM/CogVideoX-2b --prompt="A panda plays."
 """
 
 import os

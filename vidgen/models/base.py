@@ -126,6 +126,7 @@ class Model(Protocol):
     components: The networks.
     fps: Frames a second.
     latent_channels: Channels of the latents.
+    heads: Heads of the denoiser's attention, which a mesh may split.
     conditioners: The stages of conditioning, in order.
     takes_image: Whether a video is made from its first frame.
   """
@@ -133,6 +134,7 @@ class Model(Protocol):
   components: tuple[Component, ...]
   fps: int
   latent_channels: int
+  heads: int
   conditioners: tuple[Conditioner, ...]
   takes_image: bool
 

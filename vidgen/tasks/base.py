@@ -40,10 +40,12 @@ class Task(Protocol):
   Attributes:
     groups: Their names.
     averaged: Those of which an average is kept (EMA).
+    heads: Heads of attention, which a mesh may split; None: it has none.
   """
 
   groups: tuple[str, ...]
   averaged: tuple[str, ...]
+  heads: int | None
 
   def init(self, key: Key[Array, ""]) -> dict[str, PyTree]:
     """Returns random parameters by group, float32, boxed with logical axes."""

@@ -100,6 +100,7 @@ class DiffusionTask:
     mesh: Mesh,
   ):
     self.config, self.model = config, model
+    self.heads = model.heads
     self._opened, self._words, self._mesh = opened, words, mesh
     self._takes_image = model.takes_image
     self._plan = model.plan(base.Request(image=self._takes_image))

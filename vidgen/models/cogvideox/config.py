@@ -1,6 +1,7 @@
 """The five published variants, and reading a checkpoint's own config."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -42,6 +43,8 @@ class Config:
     scheduler: Noise levels.
     sampler: The sampler of the published pipeline.
     fps: Frames a second of the training videos.
+    num_steps: Denoising steps where none are asked for.
+    guidance_scale: Likewise.
   """
 
   transformer: transformer.TransformerConfig
@@ -50,6 +53,8 @@ class Config:
   scheduler: SchedulerConfig
   sampler: str = "ddim"
   fps: int = 8
+  num_steps: int = 50
+  guidance_scale: float = 6.0
 
   @property
   def takes_image(self) -> bool:
@@ -154,6 +159,9 @@ def config_demo(vocab_size: int, **fields: Any) -> Config:
       vocab_size=vocab_size,
     ),
     scheduler=SchedulerConfig(snr_shift_scale=1.0),
+    # It follows prompts without; more bends what is straight.
+    num_steps=25,
+    guidance_scale=1.6,
   )
 
 
@@ -185,6 +193,10 @@ _SAMPLERS = {
   "CogVideoXDDIMScheduler": "ddim",
   "CogVideoXDPMScheduler": "dpmpp_2m_sde",
 }
+
+
+# Written to model_index.json where they are not what published models have.
+_OWN_DEFAULTS = {"num_steps": int, "guidance_scale": (int, float)}
 
 
 def read_config(folder: pathlib.Path) -> Config:
@@ -228,7 +240,26 @@ def read_config(folder: pathlib.Path) -> Config:
     scheduler=SchedulerConfig(**_pick(path, published, SchedulerConfig)),
     sampler=_SAMPLERS[name],
     fps=8 if dit.patch_size_t is None else 16,
+    **_defaults(folder / "model_index.json"),
   )
+
+
+def _defaults(path: pathlib.Path) -> dict[str, Any]:
+  """What a request that leaves it open gets, if a checkpoint has its own.
+
+  diffusers leaves keys that begin so alone, and takes its own defaults.
+  """
+  index = tensorheader.read_json(path) if path.is_file() else {}
+  values = {}
+  for name, kinds in _OWN_DEFAULTS.items():
+    if f"_{name}" in index:
+      value = values[name] = index[f"_{name}"]
+      right = isinstance(value, kinds) and not isinstance(value, bool)
+      if not (right and 0 < value < math.inf):
+        raise errors.InputError(
+          f"{path}: _{name}={value!r} is not a number above 0."
+        )
+  return values
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
@@ -315,6 +346,11 @@ def published_configs(config: Config) -> dict[str, dict[str, Any]]:
       "_class_name": f"CogVideoX{pipeline}",
       **_VERSION,
       **{name: list(kind) for name, kind in kinds.items()},
+      **{
+        f"_{name}": value
+        for name in _OWN_DEFAULTS
+        if (value := getattr(config, name)) != getattr(Config, name)
+      },
     },
     "scheduler/scheduler_config.json": {
       **head("scheduler"),

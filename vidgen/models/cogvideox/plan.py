@@ -9,9 +9,6 @@ from vidgen import diffusion, errors, samplers
 from vidgen.models.base import Plan, Request
 from vidgen.models.cogvideox.config import Config
 
-_NUM_STEPS = 50
-_GUIDANCE_SCALE = 6.0
-
 # The recommended size of CogVideoX 1.5. Some revisions of its config name the
 # size of the rotary table instead, 2400 x 2400 pixels, which nobody asks for.
 _SIZE_1_5 = (768, 1360)
@@ -47,7 +44,7 @@ def plan(config: Config, request: Request) -> Plan:
 
   schedule = _schedule(config, request)
   scale = request.guidance_scale
-  scale = _GUIDANCE_SCALE if scale is None else float(scale)
+  scale = config.guidance_scale if scale is None else float(scale)
   if not math.isfinite(scale):
     raise errors.InputError(f"guidance_scale: {scale} is not a number to use.")
   if scale <= 1 and options["dynamic_guidance"]:
@@ -215,7 +212,7 @@ def _latents(config, frames, height, width):
 
 def _schedule(config: Config, request: Request) -> diffusion.Schedule:
   trained = config.scheduler
-  steps = _NUM_STEPS if request.num_steps is None else request.num_steps
+  steps = config.num_steps if request.num_steps is None else request.num_steps
   if not 1 <= steps <= trained.num_train_timesteps:
     raise errors.InputError(
       f"num_steps: {steps}; it must be 1 to {trained.num_train_timesteps}."
