@@ -11,7 +11,7 @@ from flax import linen as nn
 
 import vidgen
 from tests import tiny_cogvideox
-from vidgen import errors, pipeline
+from vidgen import errors, layouts, loading, pipeline
 from vidgen.models import base, cogvideox
 from vidgen.models.cogvideox import transformer
 
@@ -149,12 +149,16 @@ def test_stage_residency_has_one_component_on_the_device(folder, loaded):
 def test_a_mesh_is_chosen_for_the_model(folder):
   """Two heads split once, guidance once; the rest is a ring."""
   loaded = vidgen.load(folder, mesh="auto")
+  model = loaded.model
   sizes = {axis: n for axis, n in loaded.mesh.shape.items() if n > 1}
   assert sizes == {"cfg": 2, "ring": 2, "context": 2}
   assert loaded.why_mesh.startswith("mesh: auto chose cfg=2, ring=2, context=2")
-  plain = lambda model: [model.plan(base.Request(guidance_scale=1.0))]
-  loaded = vidgen.load(folder, mesh="auto", check=plain)
-  assert (loaded.mesh.shape["cfg"], loaded.mesh.shape["ring"]) == (1, 4)
+  plain = model.plan(base.Request(guidance_scale=1.0))
+  need = loading.need(model, [plain], "bfloat16", "all", None)
+  assert layouts.auto(8, need).sizes == {"ring": 4, "context": 2}
+  largest = max(base.count(part) for part in model.components)
+  staged = loading.need(model, [], "bfloat16", "stage", 100)
+  assert (staged.guided, staged.stored_bytes) == (True, 2 * largest)
 
 
 def test_weights_match_whatever_the_residency(folder, loaded):

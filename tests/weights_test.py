@@ -344,7 +344,11 @@ def gigabytes(tmp_path_factory):
 
 @pytest.mark.parametrize(
   ("dtype", "where"),
-  [("float32", "device"), ("bfloat16", "device"), ("bfloat16", "host")],
+  [
+    ("float32", "device"),
+    ("bfloat16", "device"),
+    pytest.param("bfloat16", "host", marks=pytest.mark.slow),
+  ],
 )
 def test_peak_memory_is_one_tensor_over_the_weights(gigabytes, dtype, where):
   done = subprocess.run(

@@ -372,6 +372,7 @@ def _clips(count=2, frames=5, size=32):
   return videos[:, :frames, inside, inside]
 
 
+@pytest.mark.slow
 def test_overfits_a_batch():
   task = _task(_small(), mse=1.0, kl=1e-6)
   batch = _batch(count=2) | {"video": jnp.asarray(_clips(size=16))}
