@@ -58,7 +58,7 @@ def load(
   folder = checkpoint.resolve(path_or_hub_id, revision)
   model = base.find_family(folder).open_model(folder, dtype)
   plans = (check(model) if check is not None else None) or ()
-  memory = layouts.memory_of(jax.devices()[0])
+  memory = layouts.memory_of(jax.local_devices()[0])
   mesh, why = layouts.make(
     mesh, lambda: need(model, plans, dtype, residency, memory)
   )

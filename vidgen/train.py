@@ -211,7 +211,7 @@ def choose_mesh(
       heads=task.heads or len(devices),
       batch=math.gcd(*sizes) // config.accumulate,
       stored_bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes),
-      device_bytes=device_bytes or layouts.memory_of(devices[0]),
+      device_bytes=device_bytes or layouts.memory_of(jax.local_devices()[0]),
       training=True,
     )
 
