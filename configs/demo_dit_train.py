@@ -11,7 +11,7 @@ Expect: the figures of README.md, which `python tests/bench/demo_report.py
 --checkpoint=runs/demo_dit/published` prints.
 Stages: motion binds to its words on black backgrounds first, where the shape is
 always the brighter thing; noise levels are mostly high, where the text decides.
-Then all backgrounds, then all motions, then two shapes and all levels alike.
+Then all motions, then all backgrounds, then two shapes, then all levels alike.
 """
 
 from typing import Any
