@@ -20,7 +20,7 @@ from vidgen import errors, manifest, tensorheader
 from vidgen.data import codec
 
 NAMES = ("moving_shapes", "video_folder")
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 
 
 class Record(NamedTuple):
