@@ -199,8 +199,10 @@ def test_differences():
 
 
 SUPERVISOR = """
-import os, sys
+import os, sys, time
 from vidgen import errors, hosts, supervisor
+if os.environ["VIDGEN_PROCESS"] == "0":
+  time.sleep(float(os.environ.get("late", 0)))
 try:
   sys.exit(supervisor.run(hosts.find(os.environ), sys.argv[1:], os.environ))
 except errors.VidgenError as error:
@@ -383,9 +385,13 @@ def test_an_error_of_one_is_that_of_all(start):
   assert lines[1] == ["no space."]
 
 
-def test_one_that_ends_before_the_start(start):
-  codes, lines = start("early").end()
+@pytest.mark.parametrize("late", ["0", "2"])
+def test_one_that_ends_before_the_start(start, late):
+  """Also where process 0 is not there yet: it must hear of it."""
+  begin = time.monotonic()
+  codes, lines = start("early", late=late).end()
   assert codes == [2, 2]
+  assert time.monotonic() - begin < 20
   assert "ended with exit code 2; see its error" in lines[0][0]
 
 

@@ -31,7 +31,8 @@ _NOISE = re.compile(
 _FATAL = b"distributed service detected fatal errors"
 _SILENT = re.compile(rb"stopped sending heartbeats\):\s+(\d+)")
 
-# Seconds: to answer at the end, and to be done after the last word.
+# Seconds: to answer at the end, and to be done after the last word. An end
+# before process 0 is there is worth the second of them.
 _ANSWER, _LAST = 30.0, 10.0
 
 
@@ -293,9 +294,16 @@ class Supervisor:
 
   def _wait_for_verdict(self) -> None:
     """Waits for what process 0 makes of the end of the worker."""
-    until = time.monotonic() + _ANSWER
+    begin = time.monotonic()
+    until = begin + _ANSWER
     with contextlib.suppress(KeyError, ValueError):
       self._selector.unregister(self._wire)
+    while self._link is None and time.monotonic() < begin + _LAST:
+      # Process 0 may start later than this one ended, and would wait for it.
+      if len(self._signals.noted) > 1:
+        return
+      self._connect(begin)
+      self._read(0.1)
     if self._link is None:
       return
     while self._stop is None and not self._verdict:
