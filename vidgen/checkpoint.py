@@ -23,7 +23,6 @@ from jaxtyping import PyTree
 from vidgen import (
   errors,
   manifest,
-  orbaxfile,
   tensorfile,
   tensorheader,
   weights,
@@ -184,6 +183,9 @@ def load_component(
   shapes = _unboxed(component.shapes())
   if (home / ORBAX).is_dir():
     manifest.verify(folder, f"{component.name}/{ORBAX}")
+    # Orbax takes time to import: only who reads or writes its layout pays.
+    from vidgen import orbaxfile
+
     return orbaxfile.restore(home / ORBAX, shapes, shardings, dtype)
   return weights.load(
     tensorfile.open_folder(home),
@@ -227,6 +229,8 @@ def convert(
       params = load_component(folder, component, dtype=dtype)
       home = draft / component.name
       if layout == "orbax":
+        from vidgen import orbaxfile
+
         orbaxfile.save(home / ORBAX, params)
       else:
         config = tensorheader.read_json(folder / component.name / "config.json")

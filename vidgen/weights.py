@@ -1,6 +1,7 @@
 """Weights: from the published layout to ours and back, strictly, by table."""
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from vidgen import errors, lora, placement, tensorfile, tensorheader
 LINEAR = (1, 0)  # [out, in] -> [in, out]
 CONV2D = (2, 3, 1, 0)  # [o, i, h, w] -> [h, w, i, o]
 CONV3D = (2, 3, 4, 1, 0)  # [o, i, t, h, w] -> [t, h, w, i, o]
+
+# Bytes up to which layers are stacked on the host: one transfer, no program.
+_SMALL = 2**22
 
 
 class Rule(NamedTuple):
@@ -106,7 +110,8 @@ def load(
 ) -> PyTree:
   """Returns the parameters, each tensor read once, to its own devices.
 
-  Next to what is loaded, one tensor is in memory at a time.
+  Next to what is loaded, one tensor is in memory at a time, and what small
+  stacks of layers there are.
 
   Args:
     files: The published tensors.
@@ -124,6 +129,10 @@ def load(
   places = flatten(shardings) if shardings is not None else {}
   dtypes = _dtypes(files, targets, dtype, on_device=shardings is not None)
   params = {}
+  on_host = lambda path: (
+    path not in places
+    or math.prod(leaves[path].shape) * dtypes[path].itemsize <= _SMALL
+  )
   order = lambda name: (files[name].file, files[name].offset)
   for name in sorted(targets, key=order):
     path, layer, axes = targets[name]
@@ -138,13 +147,16 @@ def load(
       shape = leaves[path].shape
       params[path] = (
         tensorfile.empty(shape, kind)
-        if place is None
+        if on_host(path)
         else jnp.zeros(shape, kind, device=place)
       )
-    if place is None:
+    if on_host(path):
       params[path][layer] = _arranged(files, name, axes, kind)
     else:
       params[path] = _insert(params[path], files, name, targets[name], place)
+  for path, place in places.items():
+    if isinstance(params[path], np.ndarray):
+      params[path] = placement.put(params[path], place)
   return unflatten(params, shapes)
 
 

@@ -125,7 +125,7 @@ def test_the_files_are_small_and_the_same_each_time(tmp_path, folder):
   word_tokenizer.write(again, moving_shapes.words())
   files = {path.name: path.read_bytes() for path in folder.iterdir()}
   assert files == {path.name: path.read_bytes() for path in again.iterdir()}
-  assert sum(map(len, files.values())) < 300_000
+  assert max(map(len, files.values())) < 350_000
   assert all(json.loads(v) for k, v in files.items() if k.endswith(".json"))
 
 

@@ -1,10 +1,12 @@
 """Prompts to token ids, with the tokenizer of a published checkpoint.
 
-transformers reads and runs it; this module checks the files first, because
-transformers answers a broken one with a misleading word or a wrong vocabulary.
+transformers reads spiece.model, and the tokenizers library, which it rests on,
+runs it; this module checks the files first, because they answer a broken one
+with a misleading word or a wrong vocabulary.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import pathlib
@@ -24,6 +26,7 @@ _OTHERS = ("special_tokens_map.json", "added_tokens.json")
 _CLASSES = ("T5Tokenizer", "T5TokenizerFast")
 # What T5 v1.1 was trained with, and what pads a prompt here.
 _PAD, _EOS, _UNK = 0, 1, 2
+_SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 class Tokens(NamedTuple):
@@ -42,12 +45,13 @@ class Tokenizer:
   """A checkpoint's tokenizer; `load` makes it."""
 
   def __init__(self, backend: Any):
+    # A `tokenizers.Tokenizer`.
     self._backend = backend
 
   @property
   def vocab_size(self) -> int:
     """Number of ids: every id is smaller."""
-    return len(self._backend)
+    return self._backend.get_vocab_size(with_added_tokens=True)
 
   def __call__(self, prompts: list[str], length: int) -> Tokens:
     """Returns `prompts` as `length` tokens each.
@@ -68,15 +72,15 @@ class Tokenizer:
     ids = np.full((len(prompts), length), _PAD, np.int32)
     truncated: list[str | None] = []
     for row, prompt in zip(ids, prompts, strict=True):
-      # `verbose` would log that the prompt is long: `truncated` says it.
-      tokens = self._backend(
-        prompt, add_special_tokens=True, truncation=False, verbose=False
-      )["input_ids"]
+      tokens = self._backend.encode(prompt).ids
       cut = tokens[length - 1 : -1] if len(tokens) > length else []
       if cut:
         tokens = [*tokens[: length - 1], _EOS]
       row[: len(tokens)] = tokens
-      truncated.append(self._backend.decode(cut) if cut else None)
+      decode = functools.partial(
+        self._backend.decode, skip_special_tokens=False
+      )
+      truncated.append(decode(cut) if cut else None)
     return Tokens(ids, truncated)
 
 
@@ -115,25 +119,45 @@ def load(folder: pathlib.Path) -> Tokenizer:
     else:
       _read_object(saved)
     backend = _read(folder, source)
-  _check_backend(backend, source)
+  _check_backend(backend, source, config)
   return Tokenizer(backend)
 
 
-def _read(folder: pathlib.Path, source: pathlib.Path) -> Any:
-  """Returns transformers' tokenizer of checked files."""
-  import transformers  # Seconds to import: only who reads a prompt pays.
+def write_saved(folder: pathlib.Path) -> None:
+  """Writes tokenizer.json beside spiece.model: it takes no time to read.
 
+  Raises:
+    CorruptError: spiece.model cannot be read.
+  """
+  with _quiet():
+    backend = _read(folder, folder / _MODEL)
+  backend.save(str(folder / _SAVED))
+
+
+def _read(folder: pathlib.Path, source: pathlib.Path) -> Any:
+  """Returns the `tokenizers.Tokenizer` of checked files."""
   try:
-    # As diffusers does, by class: nothing in the folder can choose another.
-    return transformers.T5Tokenizer.from_pretrained(
-      folder, local_files_only=True, trust_remote_code=False
-    )
+    if source.name == _SAVED:
+      import tokenizers
+
+      backend = tokenizers.Tokenizer.from_file(str(source))
+    else:
+      import transformers  # A second to import: only who needs it pays.
+
+      # As diffusers does, by class: nothing in the folder can choose another.
+      backend = transformers.T5Tokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+      ).backend_tokenizer
   except Exception as e:  # The tokenizers library raises plain Exception.
     reason = str(e).splitlines()[0] if str(e) else type(e).__name__
     raise errors.CorruptError(
       f"{source}: not a tokenizer that transformers reads ({reason}); fetch "
       "the checkpoint's tokenizer/ folder again."
     ) from e
+  # A file keeps what its last call asked for.
+  backend.no_truncation()
+  backend.no_padding()
+  return backend
 
 
 def _check_text(prompt: str, number: int) -> None:
@@ -184,11 +208,17 @@ def _check_model(path: pathlib.Path) -> None:
     )
 
 
-def _check_backend(backend: Any, source: pathlib.Path) -> None:
+def _check_backend(
+  backend: Any, source: pathlib.Path, config: dict[str, Any]
+) -> None:
   """Refuses a tokenizer that is not T5's."""
   want = [_PAD, _EOS, _UNK]
-  got = [backend.pad_token_id, backend.eos_token_id, backend.unk_token_id]
-  if got != want or backend("")["input_ids"] != [_EOS]:
+  names = [config.get(key, name) for key, name in _SPECIAL.items()]
+  text = lambda name: (
+    name.get("content", "") if isinstance(name, dict) else str(name)
+  )
+  got = [backend.token_to_id(text(name)) for name in names]
+  if got != want or backend.encode("").ids != [_EOS]:
     raise errors.InputError(
       f"{source}: not T5's tokenizer: its ids of padding, end and unknown are "
       f"{got}, T5's are {want}."

@@ -12,6 +12,7 @@ import string
 from collections.abc import Sequence
 
 from vidgen import errors, tensorfile
+from vidgen.encoders import tokenizer
 
 # The log probabilities of the pieces. A text becomes the pieces of the largest
 # sum: a word alone beats any of its spellings.
@@ -54,6 +55,7 @@ def write(folder: pathlib.Path, words: Sequence[str]) -> int:
     for name, value in _settings().items():
       text = json.dumps(value, indent=2, ensure_ascii=False)
       (draft / name).write_text(text + "\n", encoding="utf-8")
+    tokenizer.write_saved(draft)
     for path in (*draft.iterdir(), draft):
       tensorfile.sync(path)
     draft.replace(folder)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vidgen import sharding
-from vidgen.nn import blocked, context_parallel, flash_tpu
+from vidgen.nn import blocked, context_parallel
 
 # Implementation -> the platform it runs on; None is any.
 IMPLEMENTATIONS: dict[str, str | None] = {
@@ -156,6 +156,9 @@ def _flash(q, k, v, count, bound, *, scale, interpret):
 
   So one program is right for any weights.
   """
+  # Pallas takes time to import, and no CPU needs it.
+  from vidgen.nn import flash_tpu
+
   count = None if isinstance(count, int) and count == k.shape[1] else count
   run = lambda largest: (
     lambda q, k, v: flash_tpu.flash_with_lse(
@@ -175,6 +178,8 @@ def _flash(q, k, v, count, bound, *, scale, interpret):
 
 
 def _flash_grads(q, k, v, out, lse, d_out, count, *, scale, interpret):
+  from vidgen.nn import flash_tpu
+
   count = None if isinstance(count, int) and count == k.shape[1] else count
   return flash_tpu.flash_grads(
     q, k, v, out, lse, d_out, scale=scale, num_keys=count, interpret=interpret
