@@ -29,7 +29,7 @@ LAYERS = (
   {"data"},
   {"metrics"},
   {"executables", "hlo"},
-  {"arguments", "ahead", "pipeline", "loading"},
+  {"arguments", "ahead", "pipeline", "interpolation", "loading"},
   {"tasks"},
   {"prompts", "sample", "bench", "prepare", "train", "encode"},
   {"topology", "compile", "programs"},

@@ -26,7 +26,9 @@ class FakePipeline:
   why_mesh = ""
 
   def __init__(self):
-    self.model = types.SimpleNamespace(plan=lambda request: None)
+    self.model = types.SimpleNamespace(
+      plan=lambda request: None, takes_text=True, takes_fps=False
+    )
 
   def sample(self, prompt, *, progress, **arguments):
     with progress.stage("denoise"):
@@ -117,7 +119,7 @@ def test_mistaken_commands(capsys):
     (["--config=no.py"], "--config=no.py: there is no such file."),
     ([], "--prompt=TEXT or --prompts=FILE"),
     (["--prompt=a", "--prompts=b.txt"], "either --prompt=TEXT"),
-    (["--prompt=a", "--config.height=17"], "multiple of 16, not 17"),
+    (["--prompt=a", "--config.height=0"], "at least 1, not 0"),
   ],
 )
 def test_mistaken_flags(capsys, jobs, argv, message):

@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from vidgen import prompts, sample
+from vidgen import sample
 from vidgen.cli import default_sample_config, parse
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -29,15 +29,22 @@ def test_the_published_variants_are_there():
   }
 
 
+def _is_cogvideox(path):
+  return path.name.startswith("cogvideox")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_is_legal(path):
   config = load(path)
   config.prompt = "A panda."
   (clip,) = sample.plan(config)
+  if not _is_cogvideox(path):
+    assert (clip.num_steps, clip.num_frames) in {(25, 14), (25, 25)}
+    return
   assert clip.num_steps == 50
   # The causal VAE takes one frame, then groups of four.
   assert clip.num_frames % 4 == 1
-  assert clip.height % prompts.MULTIPLE == clip.width % prompts.MULTIPLE == 0
+  assert clip.height % 16 == clip.width % 16 == 0
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -47,11 +54,12 @@ def test_docstring_holds_the_command(path):
   for word in ("Hardware:", "Cost:", "Expect:"):
     assert word in text
   image = "Image to video" in text
-  assert ("--image=" in text) == image == ("I2V" in load(path).checkpoint)
+  name = load(path).checkpoint
+  assert ("--image=" in text) == image == ("I2V" in name or "img2vid" in name)
 
 
 def test_the_sizes_are_the_published_ones():
-  for path in CONFIGS:
+  for path in filter(_is_cogvideox, CONFIGS):
     config = load(path)
     size = (config.num_frames, config.height, config.width)
     want = (81, 768, 1360) if "1_5" in path.name else (49, 480, 720)

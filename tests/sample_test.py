@@ -19,6 +19,7 @@ class FakePipeline:
 
   fps = 8
   why_mesh = ""
+  takes_text, takes_fps = True, False
 
   def __init__(self):
     self.calls = []
@@ -266,7 +267,7 @@ def test_names_do_not_depend_on_where_files_lie(tmp_path, pipeline):
     ({}, "--prompt=TEXT or --prompts=FILE"),
     ({"prompt": "a", "prompts": "a.txt"}, "--prompt=TEXT or"),
     ({"prompts": "no.txt"}, "no.txt"),
-    ({"prompt": "a", "height": 100}, "height must be .* multiple of 16"),
+    ({"prompt": "a", "height": 0}, "height must be at least 1"),
     ({"prompt": "a", "num_frames": 0}, "num_frames must be at least 1"),
     ({"prompt": "a", "dtype": "bfloat"}, "Did you mean bfloat16"),
     ({"prompt": "a", "residency": "al"}, "Did you mean all"),

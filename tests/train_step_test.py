@@ -242,3 +242,45 @@ def test_a_batch_knows_its_place(mesh):
   batch = train_step.place_batch({"x": np.zeros((4, 2))}, mesh, 0, 4)
   assert batch["index"].tolist() == [0, 1, 2, 3]
   assert batch["count"].tolist() == [4] * 4
+
+
+def test_what_is_not_trained_stays():
+  """Neither gradients, nor decay, nor what the optimiser remembers move it."""
+
+  def make(key):
+    box = nn.LogicallyPartitioned
+    draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), (4, 8))
+    kernel = lambda i: {"kernel": box(draw(i), ("embed", "mlp"))}
+    return {"net": {"one": kernel(0), "two": kernel(1)}}
+
+  def gradients(params, frozen, batch, key, step):
+    def loss(params):
+      net = params["net"]
+      kernel = net["one"]["kernel"] + net["two"]["kernel"]
+      return jnp.mean(jnp.square(batch["x"] @ kernel - batch["y"]))
+
+    value, grads = jax.value_and_grad(loss)(params)
+    return grads, {"loss": value}
+
+  txs = {"net": optax.adamw(0.1, weight_decay=0.5)}
+  init = functools.partial(train_step.init, make, ("net",), txs)
+  mesh = sharding.make_mesh(None)
+  _, places = train_step.shapes_and_places(init, mesh)
+  state = train_step.create(init, places, KEY, mesh)
+  step = functools.partial(
+    train_step.step,
+    gradients=gradients,
+    txs=txs,
+    rate=optax.constant_schedule(0.1),
+    parts=1,
+    decay=0.9,
+    sigmas=0.0,
+  )
+  some = {"net": {"one": {"kernel": True}, "two": {"kernel": False}}}
+  both, _ = step(state, {}, batch_of(), KEY)
+  after, scalars = step(both, {}, batch_of(seed=1), KEY, trained=some)
+  before, now = both.params["net"], after.params["net"]
+  np.testing.assert_array_equal(now["two"]["kernel"], before["two"]["kernel"])
+  assert np.any(now["one"]["kernel"] != before["one"]["kernel"])
+  _, whole = step(both, {}, batch_of(seed=1), KEY)
+  assert float(scalars["grad_norm"]) < float(whole["grad_norm"])

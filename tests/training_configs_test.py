@@ -8,16 +8,15 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import linen as nn
 
-from tests import tiny_tokenizer
+from tests import tiny_clip_tokenizer, tiny_tokenizer
 from vidgen import checkpoint, sharding, train, train_step
 from vidgen.cli import parse
 from vidgen.data import buckets, loader, moving_shapes
 from vidgen.encoders import word_tokenizer
-from vidgen.models import cogvideox
+from vidgen.models import cogvideox, svd
 from vidgen.tasks import diffusion, sources
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -29,11 +28,26 @@ PUBLISHED = {
   "THUDM/CogVideoX-5b": cogvideox.config_5b(),
   "THUDM/CogVideoX-5b-I2V": cogvideox.config_5b_i2v(),
   "THUDM/CogVideoX1.5-5B-I2V": cogvideox.config_1_5_5b_i2v(),
+  "stabilityai/stable-diffusion-2-1-base": svd.config_image(),
+  "stabilityai/stable-video-diffusion-img2vid": svd.config_svd(),
+  "stabilityai/stable-video-diffusion-img2vid-xt": svd.config_svd_xt(),
+  # What earlier runs publish.
+  "runs/svd_image_pretrain/published": svd.config_image(),
+  "runs/svd_video_pretrain/published": svd.config_text_to_video(),
+  "runs/svd_t2v_finetune/published": svd.config_text_to_video(),
+  "runs/svd_small_vae/published": svd.config_small(9),
+  "runs/svd_small_vae_solids/published": svd.config_small(9),
 }
 # What the demo's own runs publish.
 MADE_HERE = ("runs/demo_vae/published", "runs/demo_decoder/published", "demo")
 # Of components, by their config.
 SHAPES = {}
+# Those that take long to trace, and those whose last bucket is of images.
+SLOW = ("cogvideox_vae_train",)
+SLOW += tuple(
+  path.stem for path in CONFIGS if path.stem.startswith("svd_")
+)  # fmt: skip
+IMAGES = ("cogvideox_vae_train", "svd_video_pretrain_train")
 
 
 def load(path, *overrides):
@@ -71,12 +85,16 @@ def without_weights(monkeypatch, tmp_path):
     del revision
     config = demo if name in MADE_HERE else PUBLISHED[name]
     folder = tmp_path / name
-    for file, content in cogvideox.published_configs(config).items():
+    family = sources.family_of(config)
+    for file, content in family.published_configs(config).items():
       path = folder / file
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_text(json.dumps(content))
     if not (folder / "tokenizer").exists():
-      tiny_tokenizer.write(folder / "tokenizer")
+      if family is cogvideox:
+        tiny_tokenizer.write(folder / "tokenizer")
+      else:
+        tiny_clip_tokenizer.write(folder / "tokenizer")
     return folder
 
   def zeros(opened, name, places, dtype):
@@ -89,12 +107,15 @@ def without_weights(monkeypatch, tmp_path):
 
   def empty_text(task, params):
     del params
+    if not hasattr(task.model.config, "transformer"):
+      return jnp.zeros((1, 77, 1024), task.config.dtype)
     config = task.model.config.transformer
     shape = (1, config.max_text_seq_length, config.text_embed_dim)
     return jnp.zeros(shape, task.config.dtype)
 
-  for name in MADE_HERE:
-    resolve(name)
+  for name in (*MADE_HERE, *PUBLISHED):
+    if name.startswith("runs/") or name in MADE_HERE:
+      resolve(name)
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(checkpoint, "resolve", resolve)
   monkeypatch.setattr(sources.Opened, "load", zeros)
@@ -118,9 +139,7 @@ def mesh_like(sizes):
 
 def batch_of(task, bucket):
   """The shapes of a global batch, as the devices have it."""
-  video = np.zeros((1, bucket.num_frames, bucket.height, bucket.width, 3))
-  one = loader.Batch(0, bucket, video.astype(np.uint8), ["A panda."], ["a"])
-  arrays = task.host_batch(one)
+  arrays = task.host_batch(loader.blank(bucket))
   n = bucket.batch_size
   whole = lambda x: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
   number = jax.ShapeDtypeStruct((n,), jnp.int32)
@@ -175,6 +194,10 @@ def test_config_is_legal(path):
   for stage in config.stages:
     for bucket in sized(stage.data):
       assert bucket.batch_size % (split * config.accumulate) == 0, bucket
+      if path.stem.startswith("svd_"):
+        # Nothing is compressed in time.
+        assert bucket.height % 8 == bucket.width % 8 == 0
+        continue
       # The causal autoencoder takes one frame, then groups of four; what
       # decodes to as many frames again is 8k + 1.
       assert bucket.num_frames % 8 == 1
@@ -212,10 +235,11 @@ def different(path):
 def cases():
   for path in CONFIGS:
     for i in different(path):
-      # Networks for each chunk and three passes back: half a minute to trace.
-      slow = pytest.mark.slow if path.stem == "cogvideox_vae_train" else ()
+      # Networks for each chunk and three passes back, or a whole UNet block by
+      # block: half a minute to trace.
+      slow = pytest.mark.slow if path.stem in SLOW else ()
       yield pytest.param(path, i, 0, id=f"{path.stem}-{i}", marks=slow)
-      if slow and len(load(path).stages[i].data.buckets) > 1:
+      if path.stem in IMAGES and len(load(path).stages[i].data.buckets) > 1:
         yield pytest.param(path, i, -1, id=f"{path.stem}-{i}-images")
 
 

@@ -16,7 +16,7 @@ def load(
   *,
   revision: str | None = None,
   residency: str = "all",
-  lora: str | None = None,
+  lora: str | Mapping[str, float] | None = None,
   lora_scale: float = 1.0,
   check: Callable[[Any], Any] | None = None,
   executables: str | None = None,
@@ -32,7 +32,8 @@ def load(
     revision: A branch, tag or commit of the hub's repository.
     residency: "all" keeps every component on the devices, "stage" brings each
       from the host for its stage alone.
-    lora: A LoRA file in the diffusers layout, merged into the weights.
+    lora: A LoRA file in the diffusers layout, merged into the weights; or
+      several, each with its weight.
     lora_scale: Factor of the LoRA.
     check: Is called with the model before its weights are read; what it raises
       ends the loading. Plans that it returns are compiled meanwhile.

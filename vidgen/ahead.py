@@ -78,7 +78,9 @@ def programs(pipeline: Any, plan: base.Plan) -> Iterator[Program]:
   """
   model, mesh = pipeline.model, pipeline.mesh
   blank = np.zeros((plan.height, plan.width, 3), np.float32)
-  images = [blank] if model.takes_image else None
+  image = base.Image(blank, np.zeros(blank.shape, np.uint8))
+  frames = model.training.image_frames
+  images = [image] * len(frames) if model.takes_image else None
   (inputs,) = model.inputs([""], images, plan)
   clip = np.zeros(1, np.uint32)
   keys = jax.eval_shape(lambda: samplers.keys(0, clip, samplers.POSTERIOR))
@@ -99,7 +101,7 @@ def programs(pipeline: Any, plan: base.Plan) -> Iterator[Program]:
   condition = placed(condition)
   table, static = pipeline.steps(plan)
   args = (
-    pipeline.held("transformer"),
+    pipeline.held(model.denoiser),
     placed(jax.eval_shape(samplers.init, latents)),
     condition,
     None if plan.guidance is None else condition,
@@ -108,11 +110,12 @@ def programs(pipeline: Any, plan: base.Plan) -> Iterator[Program]:
     0,
     len(plan.schedule),
   )
-  yield Program("denoise", "transformer", pipeline.denoise, args, static)
+  yield Program("denoise", model.denoiser, pipeline.denoise, args, static)
   frames, *size = plan.latents
   latents = jax.ShapeDtypeStruct(
     (1, frames - plan.padding, *size), np.float32, sharding=where
   )
   args = pipeline.held("vae"), latents
   static = {"post": pipeline.post("uint8"), "slicing": False}
+  static |= pipeline.chunks(plan.decode_chunk)
   yield Program("decode", "vae", pipeline.decoder, args, static)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from vidgen import errors, video
-from vidgen.models.base import Plan, Request
+from vidgen.models.base import Image, Plan, Request
 
 OUTPUTS = ("uint8", "float", "latents")
 
@@ -59,6 +59,7 @@ def request(
   strength: Any,
   image: Any,
   options: dict[str, Any],
+  tiling: bool = False,
 ) -> Request:
   """Returns the request with its numbers checked.
 
@@ -69,6 +70,7 @@ def request(
     strength: A number with a video; None without.
     image: Whether there is one is all that counts.
     options: The family's own, which it checks itself.
+    tiling: Whether frames are to be encoded and decoded in tiles.
   """
   if sampler is not None and not isinstance(sampler, str):
     raise errors.InputError(f"sampler: {sampler!r} is not a name.")
@@ -78,8 +80,21 @@ def request(
     sampler=sampler,
     strength=number("strength", strength),
     image=image is not None,
+    tiling=tiling,
     options=options,
   )
+
+
+def check_text(takes_text: bool, prompt: Any) -> None:
+  """Raises InputError if there is a prompt where none is taken, or none."""
+  if takes_text and prompt is None:
+    raise errors.InputError(
+      "prompt: this checkpoint makes a video from a text; give a prompt."
+    )
+  if not takes_text and prompt is not None:
+    raise errors.InputError(
+      "prompt: this checkpoint takes no text, only an image; leave it out."
+    )
 
 
 def prompts(
@@ -129,18 +144,45 @@ def _each(name: str, values: list[Any], count: int) -> list[Any]:
   return values
 
 
-def images(
-  image: Any, count: int, plan: Plan
-) -> list[Float[np.ndarray, "H W 3"]]:
-  """Returns an image for each clip, of the plan's size, in [-1, 1]."""
+def _several(image: Any) -> list[Any]:
+  """Returns the images that a caller gives, one by one."""
   several = isinstance(image, list | tuple) or (
     isinstance(image, np.ndarray | jax.Array) and image.ndim == 4
   )
-  fitted = [
-    video.fit(one, plan.height, plan.width)
-    for one in (image if several else [image])
-  ]
-  return _each("image", fitted, count)
+  return list(image) if several else [image]
+
+
+def count_clips(image: Any, each: int) -> int:
+  """Returns how many clips images make.
+
+  Args:
+    image: The images.
+    each: How many of them a clip is made from.
+
+  Raises:
+    InputError: There are none, or some are left over.
+  """
+  count = 0 if image is None else len(_several(image))
+  if not count:
+    raise errors.InputError(
+      "image: this checkpoint makes a video from an image; give one."
+    )
+  if count % each:
+    raise errors.InputError(
+      f"image: {count} images; this checkpoint makes a video from {each}: give "
+      "as many for each clip, one after another."
+    )
+  return count // each
+
+
+def images(image: Any, count: int, plan: Plan) -> list[Image]:
+  """Returns an image for each clip, as it is and of the plan's size."""
+  found = []
+  for one in _several(image):
+    read = video.read_image(one)
+    fitted = video.fit(read, plan.height, plan.width)
+    found.append(Image(fitted, np.asarray(read)))
+  return _each("image", found, count)
 
 
 def videos(value: Any, count: int, num_frames: int | None) -> list[np.ndarray]:

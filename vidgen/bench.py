@@ -74,13 +74,15 @@ def run(
   """
   if runs < 1:
     raise errors.InputError(f"runs: {runs}; give 1 or more.")
-  if config.prompt is None and config.prompts is None:
+  given = config.prompt, config.prompts, config.image
+  if given == (None, None, None):
     config = dataclasses.replace(config, prompt=PROMPT)
   clip = sample.plan(config)[0]
   progress = progress_lib.Progress() if progress is None else progress
   with progress:
     with progress.stage("load"):
-      pipeline = sample.load(config, [clip])
+      pipeline = sample.load(config, [clip], default_prompt=PROMPT)
+      clip = sample.prompted(pipeline.model, clip, PROMPT)
     load = progress.seconds.pop("load")
     before = progress.compile_seconds
     times, stages = [], []

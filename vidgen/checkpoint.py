@@ -52,6 +52,8 @@ _TIMEOUT = 10.0
 # What the system says of a disk that takes no more.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
+# The index of shards, of a variant such as fp16, too.
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 # The files next to the weights that a copy of a model takes along.
 _SMALL = (".json", ".txt", ".model", ".md")
 _SMALL_NAMES = ("LICENSE", "NOTICE")
@@ -317,7 +319,7 @@ def copy_small(folder: pathlib.Path, part: str, draft: pathlib.Path) -> None:
   (draft / part).mkdir(exist_ok=True)
   for path in sorted((folder / part).iterdir()):
     is_small = path.suffix in _SMALL or path.name in _SMALL_NAMES
-    is_weights = path.name.endswith((".index.json", manifest.NAME))
+    is_weights = path.name == manifest.NAME or _INDEX.search(path.name)
     if path.is_dir() or not is_small or is_weights:
       continue
     if not any(path.resolve().is_relative_to(root) for root in roots):

@@ -25,12 +25,13 @@ class Clip:
     where: The line of the file of prompts, for messages; "" without one.
     index: The number of the video in the job.
     clip: The number that picks the noise, given the seed.
+    prompt: None for models that take no text.
   """
 
   where: str
   index: int
   clip: int
-  prompt: str
+  prompt: str | None
   negative_prompt: str
   seed: int
   image: str | None
@@ -117,6 +118,8 @@ def append(
     "frames": None if frames is None else len(frames),
     "fps": fps,
   }
+  if clip.image is not None:
+    record["image"] = os.path.basename(clip.image)
   line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
   try:
     with open(path, "ab", buffering=0) as file:

@@ -7,6 +7,7 @@ made on the host in float64; a network sees them in float32.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -98,6 +99,43 @@ def trailing(alpha2: Float[np.ndarray, " levels"], num_steps: int) -> Schedule:
     np.sqrt(at(t)), np.sqrt(1 - at(t)), t.astype(np.float64)
   )
   return Schedule(level(timestep), level(reached))
+
+
+def edm_level(sigma: ArrayLike) -> NoiseLevel:
+  """Returns the level that EDM calls `sigma`, variance preserved.
+
+  EDM's sample x0 + sigma · eps, times its c_in = 1 / sqrt(1 + sigma²), is
+  alpha · x0 + sigma' · eps with alpha² + sigma'² = 1. What EDM with unit data
+  variance then asks of a network is v, and networks are told ln(sigma) / 4:
+  Karras et al., https://arxiv.org/abs/2206.00364, table 1.
+
+  Args:
+    sigma: One or several, of numpy or jax; 0 is the clean sample, of which no
+      network is told.
+  """
+  xp = jnp if isinstance(sigma, jax.Array) else np
+  norm = xp.sqrt(1 + xp.square(sigma))
+  with np.errstate(divide="ignore"):
+    return NoiseLevel(1 / norm, sigma / norm, xp.log(sigma) / 4)
+
+
+def karras(
+  sigma_min: float, sigma_max: float, num_steps: int, rho: float = 7.0
+) -> Schedule:
+  """Returns levels from `sigma_max` to `sigma_min`, then the clean sample.
+
+  Karras et al., https://arxiv.org/abs/2206.00364, equation 5: evenly spaced in
+  sigma^(1 / rho).
+
+  Args:
+    sigma_min: EDM's, of the last step.
+    sigma_max: EDM's, of the first step.
+    num_steps: Steps.
+    rho: How much denser low noise is.
+  """
+  first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+  sigma = np.linspace(first, last, num_steps) ** rho
+  return Schedule(edm_level(sigma), edm_level(np.append(sigma[1:], 0.0)))
 
 
 def x0_from_v(

@@ -101,7 +101,7 @@ class Job(NamedTuple):
     encode: `(params, arrays) -> arrays`.
     batch_size: How many are encoded at once.
     threads: That read and decode.
-    keeps_image: Whether the first frame is kept, as bytes.
+    keeps: Returns what is kept of a window as it is, by name.
   """
 
   group: cache.Group
@@ -110,7 +110,7 @@ class Job(NamedTuple):
   encode: Callable[..., dict[str, Array]]
   batch_size: int
   threads: int
-  keeps_image: bool = False
+  keeps: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda window: {}
 
 
 class _Wanted(NamedTuple):
@@ -292,7 +292,7 @@ def _latents_job(
     encode,
     _at_once(found, mesh, options),
     max(one.threads for one in found),
-    task.model.takes_image,
+    task.kept,
   )
 
 
@@ -405,8 +405,7 @@ def _packed(
           f"{item.id}: its {name} are not finite in {x.dtype}; choose "
           "--dtype=float32, or check the weights."
         )
-    if job.keeps_image:
-      arrays["image"] = item.given[:1]
+    arrays |= job.keeps(item.given)
     yield item, cache.pack(cache.Row(item.id, item.captions, arrays))
 
 

@@ -1,6 +1,7 @@
 """From a folder or a hub id to a pipeline."""
 
 import contextlib
+import math
 import pathlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,7 +35,7 @@ def load(
   *,
   revision: str | None,
   residency: str,
-  lora: str | None,
+  lora: str | Mapping[str, float] | None,
   lora_scale: float,
   check: Callable[[base.Model], Iterable[base.Plan] | None] | None,
   programs: str | None,
@@ -79,8 +80,9 @@ def load(
       params[component.name] = checkpoint.load_component(
         folder, component, shardings=where, dtype=dtype
       )
-    if lora is not None:
-      params = _merge_lora(params, model.components, lora, lora_scale)
+    for path, weight in _loras(lora).items():
+      scale = lora_scale * weight
+      params = _merge_lora(params, model.components, path, scale)
   pipeline.replace(params)
   return pipeline
 
@@ -140,6 +142,17 @@ def _compiling(
     yield
   finally:
     thread.join()
+
+
+def _loras(lora: str | Mapping[str, float] | None) -> dict[str, float]:
+  """The weight of each LoRA file: they are added to one another."""
+  if lora is None:
+    return {}
+  loras = dict(lora) if isinstance(lora, Mapping) else {lora: 1.0}
+  for path, weight in loras.items():
+    if not isinstance(weight, int | float) or not math.isfinite(weight):
+      raise errors.InputError(f"lora: {path} has the weight {weight!r}.")
+  return loras
 
 
 def _merge_lora(params, components, path, scale):

@@ -92,7 +92,7 @@ class Pipeline:
     )
     self.decoder = jax.jit(
       functools.partial(model.decode, tiling=False),
-      static_argnames=("post", "slicing"),
+      static_argnames=("post", "slicing", "decode_chunk"),
     )
     self.denoise = jax.jit(
       self._denoise, donate_argnames="state", static_argnames="stochastic"
@@ -103,6 +103,11 @@ class Pipeline:
     """Frames a second of the model's videos."""
     return self.model.fps
 
+  @property
+  def _images(self) -> int:
+    """How many images a clip is made from, where it is made from any."""
+    return max(1, len(self.model.training.image_frames))
+
   def replace(self, params: dict[str, PyTree]) -> None:
     """Takes other parameters; what has been compiled stays."""
     self.params = params
@@ -110,7 +115,7 @@ class Pipeline:
 
   def sample(
     self,
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | None = None,
     negative_prompt: str | Sequence[str] | None = "",
     image: Any = None,
     video: Any = None,
@@ -131,24 +136,25 @@ class Pipeline:
     progress: Progress | None = None,
     **options: Any,
   ) -> np.ndarray:
-    """Returns videos, one for each prompt.
+    """Returns videos, one for each prompt, or for each image without any.
 
     What is None is the model's own default.
 
     Args:
-      prompt: A prompt or several.
+      prompt: A prompt or several; None for models that take no text.
       negative_prompt: What to keep away from; one serves all.
       image: The first frame, for models that take one: a path, an array
-        `H W 3` or a PIL image, or several; one serves all.
+        `H W 3` or a PIL image, or several; one serves all prompts. An alpha
+        channel is dropped, as PIL drops it.
       video: A video to make anew in part: a path or an array `F H W 3`, or
         several; one serves all.
       strength: How much of `video` is made anew, in (0, 1].
-      num_frames: Frames, 8k + 1 for the published models.
+      num_frames: Frames; 8k + 1 for CogVideoX.
       height: Pixels.
       width: Pixels.
       num_steps: Denoising steps.
       guidance_scale: Classifier-free guidance; at most 1 is none.
-      sampler: "ddim" or "dpmpp_2m_sde".
+      sampler: "ddim", which is "euler", too, or "dpmpp_2m_sde".
       seed: With a clip's id, it decides the clip's noise.
       latents: Replaces the initial unit-variance noise, `b f h w c`.
       output: "uint8" is `b F H W 3`, "float" the same in [0, 1], "latents" the
@@ -165,7 +171,7 @@ class Pipeline:
     """
     progress = _Silent() if progress is None else progress
     memory = arguments.flags(tiling=tiling, slicing=slicing)
-    prompts, negatives = arguments.prompts(prompt, negative_prompt)
+    prompts, negatives = self._texts(prompt, negative_prompt, image)
     arguments.check_output(output)
     seed = arguments.seed(seed)
     clips = arguments.clips(clips, len(prompts))
@@ -181,7 +187,7 @@ class Pipeline:
     strength = None if videos is None else strength
     plan = self.model.plan(
       arguments.request(
-        sizes, guidance_scale, sampler, strength, image, options
+        sizes, guidance_scale, sampler, strength, image, options, tiling
       )
     )
     if plan.guidance is None and any(negatives):
@@ -189,44 +195,54 @@ class Pipeline:
         "negative_prompt: has no effect at a guidance_scale of at most 1."
       )
     images = (
-      None if image is None else arguments.images(image, len(prompts), plan)
+      None
+      if image is None
+      else arguments.images(image, self._images * len(prompts), plan)
     )
     if latents is not None:
       latents = arguments.latents(latents, (len(prompts), *plan.latents))
 
     with sharding.use(self.mesh):
-      keys = samplers.keys(seed, clips, samplers.POSTERIOR)
+      keys = functools.partial(samplers.keys, seed, clips)
       condition, unconditional = self._condition(
         prompts, negatives, images, plan, keys, memory, progress
       )
       if latents is None:
-        keys_initial = samplers.keys(seed, clips, samplers.INITIAL)
-        latents = samplers.normal(keys_initial, plan.latents)
+        latents = samplers.normal(keys(samplers.INITIAL), plan.latents)
       if videos is not None:
-        latents = self._start(videos, latents, keys, plan, memory, progress)
-      keys = samplers.keys(seed, clips, samplers.STEP)
+        drawn = keys(samplers.POSTERIOR)
+        latents = self._start(videos, latents, drawn, plan, memory, progress)
       latents = self._loop(
-        latents, condition, unconditional, keys, plan, progress
+        latents,
+        condition,
+        unconditional,
+        keys(samplers.STEP),
+        plan,
+        progress,
       )
       if output == "latents":
         return placement.to_host(latents)
-      return self._decoded(latents, output, memory, progress)
+      chunk = plan.decode_chunk
+      return self._decoded(latents, output, memory, chunk, progress)
 
-  def condition(self, prompt: str | Sequence[str], **options: Any) -> PyTree:
+  def condition(
+    self, prompt: str | Sequence[str] | None = None, **options: Any
+  ) -> PyTree:
     """Returns the embeddings of prompts, leaves with a leading batch axis."""
-    prompts, _ = arguments.prompts(prompt, "")
     image = options.pop("image", None)
+    prompts, _ = self._texts(prompt, "", image)
     plan = self.model.plan(
       base.Request(image=image is not None, options=options)
     )
     images = (
-      None if image is None else arguments.images(image, len(prompts), plan)
+      None
+      if image is None
+      else arguments.images(image, self._images * len(prompts), plan)
     )
     with sharding.use(self.mesh):
       inputs = self.model.inputs(prompts, images, plan)
       memory = {"tiling": False, "slicing": False}
-      keys = [None] * len(prompts)
-      return _stack(self._embed(inputs, keys, memory, _Silent()))
+      return _stack(self._embed(inputs, None, memory, _Silent()))
 
   def encode(
     self, video: Any, *, tiling: bool = False, slicing: bool = False
@@ -250,16 +266,31 @@ class Pipeline:
     *,
     tiling: bool = False,
     slicing: bool = False,
+    decode_chunk: int | None = None,
   ) -> np.ndarray:
-    """Returns the videos `b F H W 3` of scaled latents; see `sample`."""
+    """Returns the videos `b F H W 3` of scaled latents; see `sample`.
+
+    `decode_chunk` is how many frames are decoded at a time, for models that
+    leave it open.
+    """
     arguments.check_output(output)
     memory = arguments.flags(tiling=tiling, slicing=slicing)
     shape = (None, None, None, None, self.model.latent_channels)
     latents = arguments.latents(latents, shape)
     if output == "latents":
       return np.asarray(latents)
+    chunk = arguments.whole("decode_chunk", decode_chunk)
     with sharding.use(self.mesh):
-      return self._decoded(latents, output, memory, _Silent())
+      return self._decoded(latents, output, memory, chunk, _Silent())
+
+  def _texts(self, prompt, negative_prompt, image):
+    """The prompts and the negative ones; without text, as many as images."""
+    arguments.check_text(self.model.takes_text, prompt)
+    if self.model.takes_text:
+      return arguments.prompts(prompt, negative_prompt)
+    if negative_prompt:
+      raise errors.InputError("negative_prompt: this checkpoint takes no text.")
+    return [""] * arguments.count_clips(image, self._images), []
 
   @contextlib.contextmanager
   def _resident(self, name: str) -> Iterator[dict[str, PyTree]]:
@@ -284,14 +315,13 @@ class Pipeline:
   ):
     """The embeddings of both branches; the unconditional one may be None."""
     inputs = self.model.inputs(prompts, images, plan)
-    each = [keys[i : i + 1] for i in range(len(prompts))]
     if plan.guidance is None:
-      return _stack(self._embed(inputs, each, memory, progress)), None
+      return _stack(self._embed(inputs, keys, memory, progress)), None
     texts = list(dict.fromkeys(negatives))
     extra = dict(zip(texts, self.model.inputs(texts, None, plan), strict=True))
     new = [t for t in texts if _content(extra[t]) not in self._unconditional]
     inputs += [extra[text] for text in new]
-    parts = self._embed(inputs, each + [None] * len(new), memory, progress)
+    parts = self._embed(inputs, keys, memory, progress)
     b = len(prompts)
     embedded = dict(zip(new, parts[b:], strict=True))
     if "" in embedded:
@@ -299,11 +329,15 @@ class Pipeline:
     known = lambda text: self._unconditional[_content(extra[text])]
     find = lambda text: embedded[text] if text in embedded else known(text)
     condition = _stack(parts[:b])
-    # The branches differ in the text alone.
-    return condition, {**condition, **_stack([find(t) for t in negatives])}
+    negative = _stack([find(t) for t in negatives]) if negatives else {}
+    return condition, self.model.unconditional(condition, negative)
 
   def _embed(self, inputs, keys, memory, progress):
-    """Runs each stage over all the clips, one by one: no clip sees a batch."""
+    """Runs each stage over all the clips, one by one: no clip sees a batch.
+
+    `keys` gives the clips' keys of a purpose; inputs beyond the clips, which
+    are of texts alone, have none. Without keys nothing is drawn.
+    """
     embedded = [{} for _ in inputs]
     for stage, apply in self.conditioners:
       todo = [
@@ -321,8 +355,9 @@ class Pipeline:
         progress.stage(stage.stage),
         self._resident(stage.component) as params,
       ):
+        drawn = keys(stage.purpose) if keys and stage.draws else ()
         for i in todo:
-          key = keys[i] if stage.draws else None
+          key = drawn[i : i + 1] if i < len(drawn) else None
           embedded[i] |= self.ready.call(
             name, apply, params[stage.component], inputs[i], key
           )
@@ -362,7 +397,8 @@ class Pipeline:
     state = place(samplers.init(x))
     silent = isinstance(progress, _Silent)
     stride = steps if silent else 1
-    with progress.stage("denoise"), self._resident("transformer") as params:
+    denoiser = self.model.denoiser
+    with progress.stage("denoise"), self._resident(denoiser) as params:
       for i in range(0, steps, stride):
         state = self.ready.call(
           "denoise",
@@ -398,6 +434,10 @@ class Pipeline:
     table = samplers.table(plan.schedule, coefficients, scale)
     return table, {"stochastic": bool(np.any(coefficients.noise))}
 
+  def chunks(self, decode_chunk: int | None) -> dict[str, int]:
+    """Returns the static arguments of `decoder` that say what is chunked."""
+    return {} if decode_chunk is None else {"decode_chunk": decode_chunk}
+
   def post(self, output: str) -> Callable[[Array], Array]:
     """Returns what makes an output of frames in [-1, 1]."""
     return _POSTS[output]
@@ -432,10 +472,12 @@ class Pipeline:
       stochastic=stochastic,
     )
 
-  def _decoded(self, latents, output, memory, progress):
+  def _decoded(self, latents, output, memory, chunk, progress):
+    chunks = self.chunks(chunk)
     with progress.stage("decode"), self._resident("vae") as params:
       if memory["tiling"]:
-        frames = self.model.decode(params, latents, _POSTS[output], **memory)
+        post = _POSTS[output]
+        frames = self.model.decode(params, latents, post, **memory, **chunks)
       else:
         frames = self.ready.call(
           "decode",
@@ -444,6 +486,7 @@ class Pipeline:
           latents,
           post=self.post(output),
           slicing=memory["slicing"],
+          **chunks,
         )
       return placement.to_host(frames)
 

@@ -27,12 +27,14 @@ class PrepareConfig:
   """What to prepare, and where.
 
   Attributes:
-    dataset: "moving_shapes" or "video_folder".
+    dataset: "moving_shapes", "orbiting_solids" or "video_folder".
     data_dir: The folder of all datasets; each has one of its own in it.
     source: The folder of videos and captions. For video_folder.
     num_clips: Of the training split; a twentieth of it, and at least one, is
-      made for validation and held_out each. For moving_shapes.
+      made for validation and held_out each. For moving_shapes and
+      orbiting_solids.
     two_share: The share of clips that show two things. For moving_shapes.
+    num_frames: Views of an orbit. For orbiting_solids.
     validation_share: The share of videos held from training. For video_folder.
     max_frames: Cuts longer videos; None keeps them. For video_folder.
     seed: Of all that is drawn.
@@ -43,6 +45,7 @@ class PrepareConfig:
   source: str | None = None
   num_clips: int | None = None
   two_share: float | None = None
+  num_frames: int | None = None
   validation_share: float | None = None
   max_frames: int | None = None
   seed: int = 0
@@ -51,6 +54,7 @@ class PrepareConfig:
 # The fields that one dataset alone has, and their defaults.
 _OWN: dict[str, dict[str, Any]] = {
   "moving_shapes": {"num_clips": 1000, "two_share": 0.25},
+  "orbiting_solids": {"num_clips": 1000, "num_frames": 21},
   "video_folder": {
     "source": None,
     "validation_share": 0.0,
@@ -159,7 +163,7 @@ def _checked(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _check_numbers(options: dict[str, Any]) -> None:
-  for name in ("num_clips", "max_frames"):
+  for name in ("num_clips", "num_frames", "max_frames"):
     if options.get(name) is not None and options[name] < 1:
       raise errors.InputError(f"{name}: {options[name]} is not positive.")
   for name in ("two_share", "validation_share"):
@@ -198,21 +202,20 @@ def _build(
   # Takes a second to import.
   from vidgen.data import builders, video_folder
 
+  kept = {k: v for k, v in options.items() if k != "dataset"}
+  quarantined = {}
+  if "num_clips" in kept:
+    few = max(1, kept["num_clips"] // _ONE_IN)
+    kept |= {"num_validation": few, "num_held_out": few}
   if dataset == "moving_shapes":
-    few = max(1, options["num_clips"] // _ONE_IN)
     builder = builders.MovingShapes(
-      data_dir=draft,
-      options=builders.MovingShapesOptions(
-        num_clips=options["num_clips"],
-        num_validation=few,
-        num_held_out=few,
-        two_share=options["two_share"],
-        seed=options["seed"],
-      ),
+      data_dir=draft, options=builders.MovingShapesOptions(**kept)
     )
-    quarantined = {}
+  elif dataset == "orbiting_solids":
+    builder = builders.OrbitingSolids(
+      data_dir=draft, options=builders.OrbitingSolidsOptions(**kept)
+    )
   else:
-    kept = {k: v for k, v in options.items() if k != "dataset"}
     with told.stage("scan"):
       plan = video_folder.scan(video_folder.Options(**kept), told.step)
     builder = builders.VideoFolder(data_dir=draft, plan=plan)

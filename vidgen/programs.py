@@ -240,8 +240,7 @@ def _meshes(
 def _lower_step(trainer, stage, bucket, state, frozen):
   """Lowers the step of a stage for one bucket."""
   task, step = trainer.stage_steps(stage)
-  pixels = (1, bucket.num_frames, bucket.height, bucket.width, 3)
-  one = loader.Batch(0, bucket, np.zeros(pixels, np.uint8), [""], [""])
+  one = loader.blank(bucket)
   n = bucket.batch_size
   place = sharding.training_batch(trainer.mesh, n)
   number = np.zeros((1,), np.int32)

@@ -32,8 +32,10 @@ TYPES: Mapping[str, type] = {
 
 SAMPLERS = ("ddim", "dpmpp_2m_sde")
 
-# Patches of 2x2 latents, each of 8x8 pixels.
-MULTIPLE = 16
+_COUNTS = ("num_frames", "height", "width", "num_steps", "videos_per_prompt")
+
+# What the names of images in a folder end with.
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 # A Threefry key drops what is above 32 bits: larger seeds would repeat.
 MAX_SEED = 2**32 - 1
@@ -41,14 +43,14 @@ MAX_SEED = 2**32 - 1
 
 @dataclasses.dataclass
 class Line:
-  """One prompt of a file; None is what the line leaves to the job.
+  """One video of a file; None is what the line leaves to the job.
 
   Attributes:
     where: The file and the line, for messages.
   """
 
   where: str
-  prompt: str
+  prompt: str | None = None
   negative_prompt: str | None = None
   seed: int | None = None
   num_frames: int | None = None
@@ -63,11 +65,61 @@ class Line:
   videos_per_prompt: int | None = None
 
 
+def lines(
+  prompt: str | None, file: str | None, image: str | None
+) -> list[Line]:
+  """Returns what is to be made of a prompt, of a file of them, or of images.
+
+  Args:
+    prompt: One prompt, or
+    file: a file of them, or neither, for models that take no text.
+    image: An image, or a folder: each image in it makes a video of its own.
+
+  Raises:
+    InputError: Nothing, or too much, is given, or a bad file.
+  """
+  given = (prompt is not None) + (file is not None)
+  if given > 1 or (not given and image is None):
+    raise errors.InputError(
+      "prompt: give either --prompt=TEXT or --prompts=FILE; where a checkpoint "
+      "takes no text, --image=FILE alone."
+    )
+  if prompt is not None and not prompt.strip():
+    raise errors.InputError("prompt: is empty.")
+  folder = image is not None and os.path.isdir(image)
+  if folder and file is not None:
+    raise errors.InputError(
+      f"image: {image} is a folder, which goes with one prompt or none; let "
+      "the file of prompts name an image in each line."
+    )
+  if file is not None:
+    return read(file)
+  if not folder:
+    return [Line(where="", prompt=prompt)]
+  paths = _images_in(image)
+  return [Line(where=path, prompt=prompt, image=path) for path in paths]
+
+
+def _images_in(folder: str) -> list[str]:
+  """Returns the images of a folder, in the order of their names."""
+  found = [
+    os.path.join(folder, name)
+    for name in sorted(os.listdir(folder))
+    if name.lower().endswith(_IMAGES) and not name.startswith(".")
+  ]
+  if not found:
+    raise errors.InputError(
+      f"{folder}: has no images; they end with {', '.join(_IMAGES)}."
+    )
+  return found
+
+
 def read(path: str | os.PathLike) -> list[Line]:
   """Reads a file of prompts; its suffix tells the format.
 
   A .txt has a prompt a line; a .csv a header with the column `prompt`, and any
-  other names of `TYPES`; a .jsonl an object a line. Blank lines are skipped.
+  other names of `TYPES`; a .jsonl an object a line. Blank lines are skipped. A
+  line with an image needs no prompt, for models that take none.
   Paths of images and videos are relative to the file's folder.
 
   Raises:
@@ -119,10 +171,7 @@ def closest(name: str, names: Iterable[str]) -> str:
 
 def _problem(name: str, value: Any) -> str | None:
   """Returns why a value of the right type is not legal, if it isn't."""
-  if name in ("height", "width"):
-    if value < MULTIPLE or value % MULTIPLE:
-      return f"must be a positive multiple of {MULTIPLE}"
-  elif name in ("num_frames", "num_steps", "videos_per_prompt"):
+  if name in _COUNTS:
     if value < 1:
       return "must be at least 1"
   elif name == "seed":
@@ -200,7 +249,7 @@ def _read_csv(path: pathlib.Path, lines: list[str]) -> Rows:
 def _header(where: str, row: list[str]) -> list[str]:
   """Returns the names of the columns of a .csv."""
   names = [cell.strip() for cell in row]
-  if "prompt" not in names:
+  if "prompt" not in names and "image" not in names:
     raise errors.InputError(
       f"{where}: the header names no column `prompt`.{_like_prompt(names)}"
     )
@@ -267,7 +316,9 @@ def _line(path: pathlib.Path, number: int, values: dict[str, Any]) -> Line:
   """Checks the values of a line."""
   where = f"{path}:{number}"
   values = {name: check(name, v, where) for name, v in values.items()}
-  if not values.get("prompt", "").strip():
+  if "prompt" in values and not values["prompt"].strip():
+    raise errors.InputError(f"{where}: has no prompt.")
+  if not {"prompt", "image"} & values.keys():
     raise errors.InputError(f"{where}: has no prompt.")
   for name in ("image", "video"):
     if name in values:

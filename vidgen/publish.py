@@ -19,7 +19,7 @@ def publish(
   model: base.Model,
   params: dict[str, PyTree],
   *,
-  tokenizer: str | os.PathLike,
+  tokenizer: str | os.PathLike | None,
   dtype: DTypeLike | None = None,
 ) -> None:
   """Writes a model so that diffusers' `from_pretrained` opens it.
@@ -28,7 +28,8 @@ def publish(
     folder: Is new or empty. It appears whole, at the end.
     model: The model.
     params: The parameters of each of its components, unboxed.
-    tokenizer: The folder of the tokenizer's files, which are copied.
+    tokenizer: The folder of the tokenizer's files, which are copied; None for
+      a model that takes no text.
     dtype: Of the weights in the files; None keeps that of the parameters.
 
   Raises:
@@ -38,13 +39,17 @@ def publish(
     StorageError: The disk is full, or writing fails otherwise.
   """
   folder = checkpoint.new_folder(folder)
-  tokenizer = pathlib.Path(tokenizer).expanduser().absolute()
-  if not tokenizer.is_dir():
-    raise errors.InputError(f"{tokenizer}: no folder with a tokenizer's files.")
+  if tokenizer is not None:
+    tokenizer = pathlib.Path(tokenizer).expanduser().absolute()
+    if not tokenizer.is_dir():
+      raise errors.InputError(
+        f"{tokenizer}: no folder with a tokenizer's files."
+      )
   configs = model.published_configs()
   with checkpoint.drafted(folder) as draft:
-    checkpoint.copy_small(tokenizer.parent, tokenizer.name, draft)
-    (draft / tokenizer.name).rename(draft / "tokenizer")
+    if tokenizer is not None:
+      checkpoint.copy_small(tokenizer.parent, tokenizer.name, draft)
+      (draft / tokenizer.name).rename(draft / "tokenizer")
     for name, config in configs.items():
       _write_json(draft / name, config)
     for component in model.components:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 import vidgen
-from vidgen import clips, errors, layouts, prompts, video
+from vidgen import arguments, clips, errors, layouts, prompts, video
 from vidgen import progress as progress_lib
 from vidgen.models import base
 
@@ -44,15 +44,18 @@ class SampleConfig:
     residency: "stage" keeps a network's weights on the device only while they
       are needed, "all" keeps all.
     prompt: One prompt, or
-    prompts: a file of them: see `vidgen.prompts`.
-    image: The first frame, for checkpoints that start from an image.
+    prompts: a file of them: see `vidgen.prompts`. Checkpoints that take no text
+      need neither.
+    image: An image, for checkpoints that start from one, or a folder of images,
+      each of which makes a clip, in the order of their names.
     video: A video to change, by `strength` in (0, 1].
     videos_per_prompt: Clips for each prompt, each from noise of its own.
     tiling: Encode and decode in tiles: less memory, slightly other pixels.
     lora: A LoRA file in the published layout, merged with `lora_scale`.
     executables: A folder of `vidgen compile --save`, of the same job.
     formats: Some of mp4, gif, png (a folder of frames) and npz (latents).
-    fps: The frame rate of the files.
+    fps: The frame rate of the files, and what a model is told that can be; None
+      is the model's own.
     out: The folder for the files; `clips.jsonl` in it lists them.
     options: What a family alone has, `{"dynamic_guidance": True}` for one.
   """
@@ -128,17 +131,26 @@ def run(
   )
 
 
-def load(config: SampleConfig, planned: list[clips.Clip]) -> Any:
+def load(
+  config: SampleConfig,
+  planned: list[clips.Clip],
+  default_prompt: str | None = None,
+) -> Any:
   """Returns the pipeline that a config names.
 
   The model is asked for every clip before its weights are read: line 900 of a
   file should not fail after a night of sampling.
+
+  Args:
+    config: Of the job.
+    planned: Its clips.
+    default_prompt: Of clips without one, where the model takes text.
   """
 
   def check(model: Any) -> list[Any]:
+    given = [prompted(model, clip, default_prompt) for clip in planned]
     plans = [
-      with_line(clip.where, _check_clip, model, clip, config)
-      for clip in planned
+      with_line(clip.where, _check_clip, model, clip, config) for clip in given
     ]
     # Other sizes are compiled when they come up; tiles always are.
     return [p for p in plans[:1] if p is not None and not config.tiling]
@@ -156,6 +168,13 @@ def load(config: SampleConfig, planned: list[clips.Clip]) -> Any:
   )
 
 
+def prompted(model: Any, clip: clips.Clip, prompt: str | None) -> clips.Clip:
+  """Returns a clip with a prompt, if it has none and the model takes one."""
+  if clip.prompt is None and model.takes_text:
+    return dataclasses.replace(clip, prompt=prompt)
+  return clip
+
+
 def plan(config: SampleConfig) -> list[clips.Clip]:
   """Returns the videos of a job, everything checked that needs no weights.
 
@@ -166,17 +185,8 @@ def plan(config: SampleConfig) -> list[clips.Clip]:
     InputError: A bad config, prompt, image or video.
   """
   _check_config(config)
-  if (config.prompt is None) == (config.prompts is None):
-    raise errors.InputError(
-      "prompt: give either --prompt=TEXT or --prompts=FILE."
-    )
-  if config.prompt is not None and not config.prompt.strip():
-    raise errors.InputError("prompt: is empty.")
-  if config.prompts is None:
-    lines = [prompts.Line(where="", prompt=config.prompt)]
-  else:
-    lines = prompts.read(config.prompts)
   planned, seen = [], set()
+  lines = prompts.lines(config.prompt, config.prompts, config.image)
   for line in lines:
     for name, check in (("image", video.read_image), ("video", _probe)):
       path = _pick(line, config, name)
@@ -311,6 +321,7 @@ def _check_clip(
   model: Any, clip: clips.Clip, config: SampleConfig
 ) -> base.Plan | None:
   """Asks the model how it will make a clip; None where that is not known."""
+  arguments.check_text(model.takes_text, clip.prompt)
   if clip.video is not None:
     return None  # Its length is not known until all of it is read.
   names = [
@@ -325,9 +336,17 @@ def _check_clip(
     base.Request(
       **{name: getattr(clip, name) for name in names},
       image=clip.image is not None,
-      options=dict(config.options),
+      tiling=config.tiling,
+      options=_options(model, config),
     )
   )
+
+
+def _options(model: Any, config: SampleConfig) -> dict[str, Any]:
+  """Returns the family's options; of some the rate of the files is one."""
+  if model.takes_fps and config.fps is not None:
+    return {**config.options, "fps": config.fps}
+  return dict(config.options)
 
 
 def _make(
@@ -343,8 +362,11 @@ def _make(
     clip.where, make, pipeline, clip, config, progress
   )
   settings = {name: getattr(config, name) for name in _SETTINGS}
+  settings["options"] = _options(pipeline.model, config)
   stem = out / f"{clip.index:06d}_{clips.digest(clip, settings)}"
-  fps = pipeline.fps if config.fps is None else config.fps
+  planned = _check_clip(pipeline.model, clip, config)
+  fps = pipeline.fps if planned is None else planned.fps
+  fps = fps if config.fps is None else config.fps
   with progress.stage("write"):
     files = clips.write(stem, formats, latents, frames, fps)
     clips.append(out / "clips.jsonl", clip, files, frames, fps)
@@ -380,6 +402,7 @@ def make(
   if clip.video is not None:
     arguments["strength"] = clip.strength
   memory = {"tiling": config.tiling}
+  options = _options(pipeline.model, config)
   result = pipeline.sample(
     clip.prompt,
     output="latents" if "npz" in formats else "uint8",
@@ -387,12 +410,15 @@ def make(
     progress=progress,
     **arguments,
     **memory,
-    **config.options,
+    **options,
   )
   if "npz" not in formats:
     return None, np.asarray(result[0])
   if formats == ("npz",):
     return np.asarray(result[0]), None
+  planned = _check_clip(pipeline.model, clip, config)
+  if planned is not None and planned.decode_chunk is not None:
+    memory["decode_chunk"] = planned.decode_chunk
   with progress.stage("decode"):
     frames = pipeline.decode(result, output="uint8", **memory)
   return np.asarray(result[0]), np.asarray(frames[0])

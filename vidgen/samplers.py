@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt32
 from vidgen.diffusion import NoiseLevel, Schedule
 
 # What a key is for: `fold_in(fold_in(seed, clip), purpose)`.
-POSTERIOR, INITIAL, STEP = range(3)
+POSTERIOR, INITIAL, STEP, IMAGE = range(4)
 
 # Rows of every table: another number of steps compiles nothing new.
 _ROWS = 1000
@@ -84,19 +84,26 @@ class Table(NamedTuple):
 
   level: NoiseLevel
   coefficients: Coefficients
-  guidance: Float[Array, " rows"]
+  guidance: Float[Array, " rows *_frames"]
 
 
 def table(
   schedule: Schedule,
   coefficients: Coefficients,
-  guidance: Float[np.ndarray, " steps"],
+  guidance: Float[np.ndarray, " steps *_frames"],
 ) -> Table:
-  """Gathers the rows of a run, padded to a length of its own."""
+  """Gathers the rows of a run, padded to a length of its own.
+
+  Args:
+    schedule: The levels.
+    coefficients: Of the sampler.
+    guidance: The scale of each step, or of each frame in it.
+  """
   rows = max(_ROWS, len(schedule))
 
   def pad(x: np.ndarray) -> Array:
-    return jnp.asarray(np.pad(x, (0, rows - len(x))), jnp.float32)
+    rest = [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1)
+    return jnp.asarray(np.pad(x, rest), jnp.float32)
 
   return jax.tree.map(pad, Table(schedule.now, coefficients, guidance))
 
@@ -172,6 +179,9 @@ def guided(
   def apply(x, level, scale):
     x0 = denoise(jnp.concatenate([x, x]), level, both)
     x0_u, x0_c = jnp.split(x0, 2)
+    if jnp.ndim(scale):
+      # One for each frame, which are the second axis.
+      scale = scale.reshape(-1, *[1] * (x.ndim - 2))
     return x0_u + scale * (x0_c - x0_u)
 
   return apply
@@ -193,7 +203,8 @@ def run(
   well as a step at a time, with equal bits.
 
   Args:
-    denoise: `(x, level, guidance scale) -> x0`.
+    denoise: `(x, level, guidance scale) -> x0`; the scale is a number, or one
+      for each frame.
     state: Where to start.
     table: What each step needs.
     keys: The clips' keys for the noise of steps.

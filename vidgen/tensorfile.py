@@ -23,7 +23,8 @@ STEMS = ("diffusion_pytorch_model", "model")
 MAX_SHARD_BYTES = 5 * 10**9
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
-_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
+# A variant, such as fp16, may stand before or after the number.
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}(\.\w+)?\.safetensors")
 
 
 class TensorFiles(Mapping[str, Entry]):
@@ -101,7 +102,8 @@ def open_folder(folder: pathlib.Path) -> TensorFiles:
   """Opens the weights of one component in the published layout.
 
   They are one `*.safetensors`, or the shards that a
-  `*.safetensors.index.json` names.
+  `*.safetensors.index.json` names. Beside a variant, such as
+  `*.fp16.safetensors`, those without are read.
 
   Raises:
     InputError: There are none, or more than one set of them.
@@ -146,7 +148,7 @@ def open_folder(folder: pathlib.Path) -> TensorFiles:
 
 def find_weights(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns the single files and the indexes in `folder`, no shards."""
-  return sorted(folder.glob("*.safetensors.index.json")) + [
+  return sorted(folder.glob("*.safetensors.index*.json")) + [
     f
     for f in sorted(folder.glob("*.safetensors"))
     if not _SHARD.fullmatch(f.name)

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -47,12 +48,15 @@ class Stage:
     data: What is read, in which sizes.
     rate: The learning rate.
     options: Fields of the task that differ in this stage, by name.
+    trainable: What alone is trained in this stage: regular expressions, each of
+      which is looked for in "GROUP/path/of/a/parameter"; empty trains all.
   """
 
   num_steps: int
   data: loader.DataConfig
   rate: Rate
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  trainable: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -225,6 +229,13 @@ def open_folder(config: TrainConfig, workdir: str | pathlib.Path) -> runs.Run:
   )
 
 
+def _pattern(text: str) -> re.Pattern[str]:
+  try:
+    return re.compile(text)
+  except re.error as error:
+    raise errors.InputError(f"config: trainable {text!r}: {error}.") from error
+
+
 def _publish(task, state, frozen, workdir):
   """Writes what was trained, in the place of what an earlier end wrote.
 
@@ -299,6 +310,8 @@ class Trainer:
       train_step.init, task.init, task.averaged, self.txs
     )
     self.shapes, self.places = train_step.shapes_and_places(self._make, mesh)
+    for stage in config.stages:
+      self._trained(stage)
 
   def check_data(self) -> None:
     """Looks at every stage's data, so that none is missed after a night.
@@ -357,11 +370,33 @@ class Trainer:
       parts=self.config.accumulate,
       decay=self.config.ema_decay,
       sigmas=self.config.spike_sigmas,
+      trained=self._trained(stage),
     )
     # The state comes back in the layout it had, and in its memory.
     return task, jax.jit(
       step, donate_argnums=0, out_shardings=(self.places, None)
     )
+
+  def _trained(self, stage: Stage) -> dict[str, PyTree] | None:
+    """Says of each parameter whether a stage trains it; None: it trains all."""
+    if not stage.trainable:
+      return None
+    wanted = [_pattern(text) for text in stage.trainable]
+    used = set()
+
+    def is_wanted(path: Any, leaf: Any) -> bool:
+      del leaf
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      found = [pattern for pattern in wanted if pattern.search(name)]
+      used.update(found)
+      return bool(found)
+
+    says = jax.tree_util.tree_map_with_path(is_wanted, self.shapes.params)
+    if unused := [p.pattern for p in wanted if p not in used]:
+      raise errors.InputError(
+        f"config: trainable {unused[0]!r} is found in no parameter's path."
+      )
+    return says
 
   def batches(
     self, stage: Stage, before: int, start: int, stop: int

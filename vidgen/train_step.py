@@ -201,6 +201,7 @@ def step(
   parts: int,
   decay: float,
   sigmas: float,
+  trained: dict[str, PyTree] | None = None,
 ) -> tuple[State, dict[str, Array]]:
   """Takes a step, or skips it where it would do harm.
 
@@ -215,6 +216,7 @@ def step(
     parts: How many parts a batch is taken in.
     decay: Of the average.
     sigmas: What a spike is; see `limit`.
+    trained: Whether each parameter is trained; None trains all.
 
   Returns:
     The new state, and scalars: the task's, and of the norm and the guard.
@@ -223,6 +225,7 @@ def step(
   grads, scalars = accumulate(
     gradients, state.params, frozen, batch, key, state.step, parts
   )
+  grads = _of_trained(grads, trained)
   norms = {name: optax.tree.norm(tree) for name, tree in grads.items()}
   finite = jnp.isfinite(scalars["loss"])
   for norm in norms.values():
@@ -236,6 +239,8 @@ def step(
     updates, opt[name] = tx.update(
       grads[name], state.opt[name], state.params[name]
     )
+    # Decay of weights, and what the optimiser remembers, move them too.
+    updates = _of_trained({name: updates}, trained)[name]
     params[name] = optax.apply_updates(state.params[name], updates)
   params, opt = keep(params, state.params), keep(opt, state.opt)
   count = state.guard.accepted
@@ -250,6 +255,18 @@ def step(
   scalars |= {"skipped": checked.skipped, "skipped_in_a_row": checked.streak}
   ema = keep(ema, state.ema)
   return State(state.step + 1, params, opt, ema, checked), scalars
+
+
+def _of_trained(
+  trees: dict[str, PyTree], trained: dict[str, PyTree] | None
+) -> dict[str, PyTree]:
+  """Returns trees by group with zeros for parameters that are not trained."""
+  if trained is None:
+    return trees
+  some = {name: trained[name] for name in trees}
+  return jax.tree.map(
+    lambda yes, x: x if yes else jnp.zeros_like(x), some, trees
+  )
 
 
 def place_batch(

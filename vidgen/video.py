@@ -40,6 +40,9 @@ _IMAGE_ERRORS = (
   SyntaxError,
   ValueError,
   EOFError,
+)
+# And for those of more pixels than memory should be taken for.
+_BOMBS = (
   PIL.Image.DecompressionBombError,
   PIL.Image.DecompressionBombWarning,
 )
@@ -266,7 +269,14 @@ def _open_image(path: Path) -> PIL.Image.Image:
       with PIL.Image.open(data) as image:
         return _rgb(image)
   except PIL.UnidentifiedImageError as error:
-    raise errors.InputError(f"{path}: is not an image.") from error
+    raise errors.InputError(
+      f"{path}: is not an image; give a PNG, a JPEG or the like."
+    ) from error
+  except _BOMBS as error:
+    raise errors.InputError(
+      f"{path}: the image exceeds limits, {PIL.Image.MAX_IMAGE_PIXELS} pixels; "
+      "make it smaller."
+    ) from error
   except _IMAGE_ERRORS as error:
     raise errors.InputError(
       f"{path}: cannot be read as an image: {_reason(error)}."

@@ -169,6 +169,22 @@ def published_targets(shapes: PyTree, table: Table) -> dict[str, Target]:
   }
 
 
+def names(table: Table, path: str, shape: tuple[int, ...]) -> list[list[str]]:
+  """Returns the published names of a parameter, layer by layer.
+
+  Each layer has its main name first. Without a rule there are none.
+  """
+  if not any(_pattern(rule.ours).fullmatch(path) for rule in table):
+    return []
+  return [found for found, _, _ in _published(table, path, shape)]
+
+
+def axes_of(table: Table, path: str) -> tuple[int, ...] | None:
+  """Returns how published axes become those of a parameter."""
+  rules = [rule for rule in table if _pattern(rule.ours).fullmatch(path)]
+  return rules[0].axes
+
+
 def published_shapes(
   params: PyTree, table: Table, dtype: DTypeLike | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,14 +1,16 @@
 r"""Times vidgen against diffusers and transformers on a CPU, in float32.
 
-python tests/bench/compare.py [--only=t5,dit,decode,encode,pipeline]
-    [--rounds=5] [--compile] [--json=FILE]
+python tests/bench/compare.py [--rounds=5] [--compile] [--json=FILE]
+    [--only=t5,dit,decode,encode,pipeline,unet,temporal,clip]
 
 In one process, the same shapes, weights and threads; the calls alternate, so
 that a busy machine slows all. Medians count. Compiling is told apart.
 --compile adds torch.compile. `small` in the table is a whole pipeline: 9 frames
-of 64x96, 10 steps with guidance, a DiT of 4 blocks of 8 heads.
+of 64x96, 10 steps with guidance, a DiT of 4 blocks of 8 heads. `unet` is whole
+and takes 14 GB of memory.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -32,11 +34,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 import vidgen
 from tests import tiny_cogvideox
 from vidgen import tensorfile, weights
-from vidgen.encoders import t5
-from vidgen.models import base, cogvideox
+from vidgen.encoders import clip, t5
+from vidgen.models import base, cogvideox, svd
 from vidgen.models.cogvideox import transformer, vae
+from vidgen.models.svd import unet
+from vidgen.models.svd import vae as temporal_vae
 
-CASES = ("t5", "dit", "decode", "encode", "pipeline")
+CASES = (
+  *("t5", "dit", "decode", "encode", "pipeline"),
+  *("unet", "temporal", "clip"),
+)
 _ONLY = flags.DEFINE_list("only", list(CASES), "Which cases.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed calls of each.")
 _COMPILE = flags.DEFINE_bool("compile", False, "Also time torch.compile.")
@@ -62,8 +69,9 @@ def load(module: torch.nn.Module, component: base.Component):
     )
 
 
-def component(name: str, config: cogvideox.Config) -> base.Component:
-  return {c.name: c for c in cogvideox.components(config)}[name]
+def component(name: str, config: cogvideox.Config | svd.Config):
+  family = svd if isinstance(config, svd.Config) else cogvideox
+  return {c.name: c for c in family.components(config)}[name]
 
 
 def jitted(function: Callable, *args) -> Callable[[], np.ndarray]:
@@ -183,6 +191,83 @@ def pipeline_case() -> Case:
   )
 
 
+def unet_case() -> Case:
+  """The UNet of Stable Video Diffusion, of two frames of 32x32 latents."""
+  config = svd.config_svd()
+  kind = diffusers.UNetSpatioTemporalConditionModel
+  module = kind(num_attention_heads=config.unet.num_attention_heads).eval()
+  params = load(module, component("unet", config))
+  x, context = torch.randn(1, 2, 8, 32, 32), torch.randn(1, 1, 1024)
+  numbers, timestep = torch.tensor([[6.0, 127.0, 0.02]]), torch.tensor([0.5])
+
+  def ours(params, x, timestep, context, numbers):
+    vector = unet.embed_numbers(numbers, 256)[:, None]
+    apply = unet.Unet(config.unet).apply
+    return apply({"params": params}, x, timestep, context, vector)
+
+  array = lambda x: jnp.asarray(x.numpy())
+  return Case(
+    "SVD UNet, 2 frames of 32x32 latents",
+    module,
+    lambda: (
+      module(x, timestep, context, numbers)
+      .sample.permute(0, 1, 3, 4, 2)
+      .numpy()
+    ),
+    jitted(
+      ours,
+      params,
+      array(x.permute(0, 1, 3, 4, 2)),
+      *map(array, (timestep, context, numbers)),
+    ),
+  )
+
+
+def temporal_case() -> Case:
+  """SVD's decoder over time, of three frames of 16x16 latents."""
+  config = svd.config_svd()
+  module = diffusers.AutoencoderKLTemporalDecoder(
+    block_out_channels=config.vae.block_out_channels,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    layers_per_block=2,
+  ).eval()
+  params = load(module, component("vae", config))
+  x = torch.randn(3, 4, 16, 16)
+  return Case(
+    "SVD temporal decode, 3 frames of 16x16 latents",
+    module.decoder,
+    lambda: (
+      module.decode(x, num_frames=3).sample.permute(0, 2, 3, 1)[None].numpy()
+    ),
+    jitted(
+      lambda p, x: temporal_vae.decode(p, config.vae, x),
+      params,
+      jnp.asarray(x.permute(0, 2, 3, 1)[None].numpy()),
+    ),
+  )
+
+
+def clip_case() -> Case:
+  """CLIP's ViT-H/14, an image."""
+  config = svd.config_svd()
+  fields = dataclasses.asdict(config.image_encoder)
+  module = transformers.CLIPVisionModelWithProjection(
+    transformers.CLIPVisionConfig(**fields)
+  ).eval()
+  params = load(module, component("image_encoder", config))
+  x = torch.randn(1, 3, 224, 224)
+  return Case(
+    "CLIP ViT-H/14, an image",
+    module,
+    lambda: module(x).image_embeds.numpy(),
+    jitted(
+      clip.VisionTower(config.image_encoder).apply,
+      {"params": params},
+      jnp.asarray(x.permute(0, 2, 3, 1).numpy()),
+    ),
+  )
+
+
 def seconds(call: Callable[[], np.ndarray]) -> float:
   start = time.perf_counter()
   call()
@@ -234,6 +319,9 @@ def main(argv: list[str]) -> None:
     "decode": lambda: vae_case("decode"),
     "encode": lambda: vae_case("encode"),
     "pipeline": pipeline_case,
+    "unet": unet_case,
+    "temporal": temporal_case,
+    "clip": clip_case,
   }
   report = {}
   print(f"{threads} threads, float32, medians of {_ROUNDS.value}")

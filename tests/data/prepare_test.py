@@ -203,7 +203,10 @@ def test_the_command(tmp_path, capsys, command):
   [
     (["--data_dir=x"], "--dataset is missing"),
     (["--dataset=moving_shapes"], "--data_dir is missing"),
-    (["--dataset=other", "--data_dir=x"], "moving_shapes|video_folder"),
+    (
+      ["--dataset=other", "--data_dir=x"],
+      "moving_shapes|orbiting_solids|video_folder",
+    ),
     (
       ["--dataset=video_folder", "--data_dir=x", "--source=no"],
       "no such folder",

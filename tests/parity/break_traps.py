@@ -43,6 +43,10 @@ T5 = "tests/parity/t5_test.py"
 NOISING = "vidgen/tasks/noising.py"
 STEP = "vidgen/train_step.py"
 TRAINING = "tests/parity/training_test.py"
+SVD_MODEL = "vidgen/models/svd/model.py"
+SVD_PLAN = "vidgen/models/svd/plan.py"
+SVD_PIPELINE = "tests/parity/svd_pipeline_test.py"
+SVD_DEFAULTS = f"{SVD_PIPELINE}::test_an_image[defaults]"
 
 TRAPS = [
   Trap(
@@ -377,6 +381,55 @@ TRAPS = [
     "leaf * (config.alpha / config.rank)",
     "leaf * 1.0",
     "tests/adapters_test.py",
+  ),
+  Trap(
+    "SVD: one guidance scale for all frames",
+    SVD_PLAN,
+    "ramp = np.linspace(1.0 if least is None else least, scale, frames)",
+    "ramp = np.full(frames, scale)",
+    SVD_DEFAULTS,
+  ),
+  Trap(
+    "SVD: the network told fps, not fps - 1",
+    SVD_PLAN,
+    "numbers.FPS: fps_id + 1 if fps is None else fps,",
+    "numbers.FPS: fps_id + 1 if fps is None else fps + 1,",
+    SVD_DEFAULTS,
+  ),
+  Trap(
+    "SVD: the image's latents scaled",
+    SVD_MODEL,
+    "return latents if scale is None else latents * scale",
+    "return latents * self.config.vae.scaling_factor",
+    SVD_DEFAULTS,
+  ),
+  Trap(
+    "SVD: no noise on the image",
+    SVD_MODEL,
+    "return x + strength * samplers.normal(key, x.shape[1:])",
+    "return x",
+    f"{SVD_PIPELINE}::test_an_image[fps, motion, noise, ramp]",
+  ),
+  Trap(
+    "SVD: CLIP shown the image in the video's size",
+    SVD_MODEL,
+    "[[image.original for image in group]]",
+    "[[image.pixels / 2 + 0.5 for image in group]]",
+    SVD_DEFAULTS,
+  ),
+  Trap(
+    "SVD: the image's latents in the unconditional branch",
+    SVD_MODEL,
+    'for name in ("context", "image")',
+    'for name in ("context",)',
+    SVD_DEFAULTS,
+  ),
+  Trap(
+    "SVD: the last level not the clean sample",
+    "vidgen/diffusion.py",
+    "np.append(sigma[1:], 0.0)",
+    "np.append(sigma[1:], sigma[-1])",
+    f"{SVD_PIPELINE}::test_an_image[no guidance, 7 steps]",
   ),
 ]
 

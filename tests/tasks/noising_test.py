@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vidgen import diffusion, errors
-from vidgen.data import loader
+from vidgen.data import buckets, loader
 from vidgen.models import base
 from vidgen.tasks import noising
 
@@ -17,9 +17,11 @@ class Guess:
   """A model of two numbers: v = guess · (1 + text), with text as condition."""
 
   components, fps, latent_channels, heads = (), 8, 2, 1
+  denoiser, takes_text, takes_fps = "transformer", True, False
+  training = base.Training()
   # What a loss has no use for.
   plan = inputs = encode = decode = denoise = flops = len
-  image_condition = published_configs = len
+  image_condition = published_configs = unconditional = len
 
   def __init__(self, guess=0.0, takes_image=False):
     self.guess, self.takes_image = guess, takes_image
@@ -33,6 +35,9 @@ class Guess:
 
   def levels(self):
     return LEVELS
+
+  def clip_inputs(self, images, told, num_frames):
+    return {}
 
   def target(self, x0, noise, level):
     return diffusion.v_from_x0_noise(x0, noise, level)
@@ -162,7 +167,7 @@ def test_density_may_leave_levels_out():
 )
 def test_bad_config(fields):
   with pytest.raises(errors.InputError, match="config:"):
-    noising.check(noising.NoisingConfig(**fields), 1000)
+    noising.check(noising.NoisingConfig(**fields), Guess())
 
 
 def test_dropped_text_is_the_empty_prompt():
@@ -286,7 +291,9 @@ def test_long_captions_are_counted():
   model.inputs = inputs
   plan = base.Plan.__new__(base.Plan)
   captions = ["a", "long one", "bb", "longer one", "c", "d", "e", "f"]
-  given = loader.Batch(0, None, np.zeros((8, 1)), captions, captions)
+  bucket = buckets.Bucket(1, 4, 4, 8)
+  video = np.zeros((8, 1, 4, 4, 3), np.uint8)
+  given = loader.Batch(0, bucket, video, captions, captions)
   got = noising.host_batch(model, given, plan, takes_image=False)
   assert got[noising.CUT].tolist() == [0.25] * 8
   batch = batch_of(8) | {noising.CUT: got[noising.CUT]}

@@ -5,6 +5,8 @@ usage: vidgen prepare --dataset=NAME --data_dir=DIR [flags]
   --dataset=NAME           moving_shapes: made here, of any number; its splits
                            are train, validation (the same combinations of
                            shape, colour and motion) and held_out (others).
+                           orbiting_solids: made here too, once around a solid
+                           from a known height; the same splits.
                            video_folder: your own videos; train, validation
   --data_dir=DIR           where all prepared datasets are
   --seed=N                 of all that is drawn, 0 by default
@@ -13,6 +15,10 @@ moving_shapes
   --num_clips=N            of train, 1000 by default; a twentieth of it is made
                            for each of the other two
   --two_share=X            the share of clips with two shapes, 0.25 by default
+
+orbiting_solids
+  --num_clips=N            as above
+  --num_frames=N           views of an orbit, 21 by default
 
 video_folder
   --source=FOLDER          videos, in any codec of FFmpeg, and their captions:
@@ -43,7 +49,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_enum("dataset", None, records.NAMES, "", flag_values=values)
   for name in ("data_dir", "source"):
     flags.DEFINE_string(name, None, "", flag_values=values)
-  for name in ("num_clips", "max_frames"):
+  for name in ("num_clips", "num_frames", "max_frames"):
     flags.DEFINE_integer(name, None, "", flag_values=values)
   for name in ("two_share", "validation_share"):
     flags.DEFINE_float(name, None, "", flag_values=values)
@@ -60,7 +66,7 @@ def run(values: flags.FlagValues) -> None:
       name: values[name].value
       for name in (
         "dataset", "data_dir", "source", "num_clips", "two_share",
-        "validation_share", "max_frames", "seed",
+        "num_frames", "validation_share", "max_frames", "seed",
       )
     }
   )  # fmt: skip

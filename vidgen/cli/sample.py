@@ -1,12 +1,14 @@
-"""Makes videos from prompts.
+"""Makes videos from prompts and images.
 
-usage: vidgen sample --prompt=TEXT | --prompts=FILE [flags]
+usage: vidgen sample --prompt=TEXT | --prompts=FILE | --image=FILE [flags]
 
 what to make
   --prompt=TEXT       one prompt
   --prompts=FILE      many: a .txt with a prompt a line, or a .csv or .jsonl
                       whose columns or keys may override fields, line by line
-  --image=FILE        the first frame, for checkpoints that start from one
+  --image=FILE        the first frame, for checkpoints that start from one; a
+                      folder makes a clip of each image in it. Checkpoints that
+                      take no text need no prompt
   --video=FILE        a video to change, by --config.strength=0.8
   --seed=N            0 by default; the same seed gives the same video
 
@@ -28,6 +30,7 @@ any field of the config, --config.FIELD=VALUE
 example
   vidgen sample --prompt="A small red circle moves to the right."
   vidgen sample --checkpoint=THUDM/CogVideoX-2b --prompt="A panda plays."
+  vidgen sample --checkpoint=DIR --image=panda.png --config.fps=12
 """
 
 import os

@@ -1,6 +1,6 @@
 """The datasets as TFDS builders: array_record, without TensorFlow.
 
-Both have the features of `records`, so that one reader serves both.
+All have the features of `records`, so that one reader serves all.
 """
 
 import abc
@@ -17,7 +17,13 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from vidgen import errors, video
-from vidgen.data import codec, moving_shapes, records, video_folder
+from vidgen.data import (
+  codec,
+  moving_shapes,
+  orbiting_solids,
+  records,
+  video_folder,
+)
 
 Generator = Callable[[], Iterator[records.Record]]
 
@@ -153,26 +159,32 @@ class MovingShapes(ClipBuilder):
 
   def shards(self) -> Mapping[str, Sequence[Generator]]:
     """Returns the clips of each split."""
-    options = self.options
-    counts = {
-      "train": options.num_clips,
-      "validation": options.num_validation,
-      "held_out": options.num_held_out,
-    }
-    return {
-      split: [
-        functools.partial(self._clips, split, start, count)
-        for start in range(0, count, _SHARD_RECORDS)
-      ]
-      for split, count in counts.items()
-      if count
-    }
+    return _made(self.options, moving_shapes_record)
 
-  def _clips(
-    self, split: str, start: int, count: int
-  ) -> Iterator[records.Record]:
+
+def _made(
+  options: "MovingShapesOptions | OrbitingSolidsOptions",
+  record: Callable[[Any, str, int], records.Record],
+) -> Mapping[str, Sequence[Generator]]:
+  """Returns the records of each split, which `record` makes one by one."""
+
+  def clips(split: str, start: int, count: int) -> Iterator[records.Record]:
     for index in range(start, min(start + _SHARD_RECORDS, count)):
-      yield moving_shapes_record(self.options, split, index)
+      yield record(options, split, index)
+
+  counts = {
+    "train": options.num_clips,
+    "validation": options.num_validation,
+    "held_out": options.num_held_out,
+  }
+  return {
+    split: [
+      functools.partial(clips, split, start, count)
+      for start in range(0, count, _SHARD_RECORDS)
+    ]
+    for split, count in counts.items()
+    if count
+  }
 
 
 def moving_shapes_scene(
@@ -213,6 +225,76 @@ def moving_shapes_record(
     codec.Facts(*frames.shape[:3], float(moving_shapes.FPS)),
     captions,
     labels,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class OrbitingSolidsOptions:
+  """How many orbits around solids to make, and of what.
+
+  Attributes:
+    num_clips: Of the training split.
+    num_validation: Clips of the same combinations that training never shows.
+    num_held_out: Clips of combinations that training never shows.
+    num_frames: Views of an orbit, evenly spaced.
+    num_captions: Captions of each clip.
+    seed: Each clip depends on it, its split and its number alone.
+  """
+
+  num_clips: int = 1000
+  num_validation: int = 50
+  num_held_out: int = 50
+  num_frames: int = orbiting_solids.NUM_FRAMES
+  num_captions: int = 2
+  seed: int = 0
+
+
+class OrbitingSolids(ClipBuilder):
+  """Orbits around solids with captions: train, validation, held_out."""
+
+  name = "orbiting_solids"
+
+  def __init__(
+    self,
+    *,
+    data_dir: str | os.PathLike,
+    options: OrbitingSolidsOptions | None = None,
+    **kwargs: Any,
+  ):
+    self.options = options or OrbitingSolidsOptions()
+    super().__init__(data_dir=data_dir, **kwargs)
+
+  def shards(self) -> Mapping[str, Sequence[Generator]]:
+    """Returns the clips of each split."""
+    return _made(self.options, orbiting_solids_record)
+
+
+def orbiting_solids_scene(
+  options: OrbitingSolidsOptions, split: str, index: int
+) -> tuple[orbiting_solids.Scene, tuple[str, ...]]:
+  """Returns what a clip of the dataset shows, and its captions."""
+  seed = [options.seed, zlib.crc32(split.encode()), index]
+  rng = np.random.default_rng(seed)
+  scene = orbiting_solids.draw_scene(rng, held_out=split == "held_out")
+  captions = [
+    orbiting_solids.caption(rng, scene) for _ in range(options.num_captions)
+  ]
+  return scene, tuple(captions)
+
+
+def orbiting_solids_record(
+  options: OrbitingSolidsOptions, split: str, index: int
+) -> records.Record:
+  """Returns a record of the dataset; its video loses nothing."""
+  scene, captions = orbiting_solids_scene(options, split, index)
+  frames = orbiting_solids.render(scene, options.num_frames)
+  fps = float(orbiting_solids.FPS)
+  return records.Record(
+    f"{split}-{index:08d}",
+    codec.encode(frames, fps),
+    codec.Facts(*frames.shape[:3], fps),
+    captions,
+    dataclasses.asdict(scene) | {"colours": list(scene.colours)},
   )
 
 

@@ -47,6 +47,7 @@ class Encoders:
     text: Of the text encoder and its tokenizer; None without embeddings.
     dtype: What they computed in.
     image: Whether first frames are kept, for image-to-video models.
+    kept: What else is kept of clips, in words; mostly nothing.
     folder: The cache, for messages.
   """
 
@@ -54,12 +55,15 @@ class Encoders:
   text: str | None
   dtype: str
   image: bool
+  kept: str = ""
   folder: str = dataclasses.field(default="", compare=False)
 
   def facts(self) -> dict[str, Any]:
     """Returns what JSON says of them."""
     values = dataclasses.asdict(self)
-    return {n: x for n, x in values.items() if n != "folder"}
+    # As caches are that keep nothing else.
+    left_out = {"folder"} if self.kept else {"folder", "kept"}
+    return {n: x for n, x in values.items() if n not in left_out}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -198,6 +202,8 @@ def check_encoders(there: Encoders, here: Encoders) -> None:
     names.append("model (text_encoder or tokenizer)")
   if here.image and not there.image:
     names.append("model (one without images)")
+  elif here.image and here.kept != there.kept:
+    names.append("model (one that reads other images, or no motion)")
   if there.dtype != here.dtype:
     names.append(f"dtype ({there.dtype} there, {here.dtype} here)")
   if names:

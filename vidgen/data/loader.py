@@ -4,9 +4,10 @@ Grain reads them ahead. A batch does not depend on how many hosts share it, on
 the step a run started from, or on threads and workers.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from vidgen.data.buckets import Bucket
 _SCHEDULE, _ORDER, _CHOICE = range(3)
 
 _NO_ARRAYS: dict[str, np.ndarray] = {}
+_NO_RATES = np.zeros(0)
 
 
 @dataclasses.dataclass
@@ -28,7 +30,7 @@ class DataConfig:
   """What to train on.
 
   Attributes:
-    dataset: "moving_shapes" or "video_folder".
+    dataset: One of `records.NAMES`.
     data_dir: Where `vidgen prepare` put it.
     split: "train", "validation", ...
     fps: Frames per second at which frames are taken; None takes every frame.
@@ -74,6 +76,8 @@ class Batch(NamedTuple):
     ids: Of the records.
     arrays: What a cache has of each clip; see `data.cache`.
     made_by: What made the arrays; None without a cache.
+    fps: Frames per second of each clip, as they were taken.
+    labels: What is known of each clip besides.
   """
 
   step: int
@@ -83,6 +87,16 @@ class Batch(NamedTuple):
   ids: list[str]
   arrays: dict[str, np.ndarray] = _NO_ARRAYS
   made_by: cache.Encoders | None = None
+  fps: Float[np.ndarray, " _b"] = _NO_RATES
+  labels: Sequence[Mapping[str, Any]] = ()
+
+
+def blank(bucket: Bucket) -> Batch:
+  """Returns a batch of one black clip, whose labels are all 0: for shapes."""
+  shape = (1, bucket.num_frames, bucket.height, bucket.width, 3)
+  labels = [collections.defaultdict(float)]
+  video = np.zeros(shape, np.uint8)
+  return Batch(0, bucket, video, [""], [""], fps=np.ones(1), labels=labels)
 
 
 def batches(
@@ -217,20 +231,28 @@ class Steps:
       _bits(self._seed, (_CHOICE, step), 2 * bucket.batch_size)
     ).reshape(-1, 2)
     read = self._clip if self._cache is None else self._row
-    items = []
+    items, numbers = [], []
     for row in mine:
       epoch, place = divmod(rank * bucket.batch_size + row, len(clips))
       order = _permutation(self._seed, which, epoch, len(clips))
-      items.append(read(int(clips[order[place]]), which, chances[row]))
+      numbers.append(int(clips[order[place]]))
+      items.append(read(numbers[-1], which, chances[row]))
     rows, captions, ids = zip(*items, strict=True)
+    index = self.split.index
+    # A single frame may be of a clip that is too slow for the rate.
+    strides = np.maximum(self._strides[numbers], 1)
+    facts = {
+      "fps": index.fps[numbers] / strides,
+      "labels": [index.labels[number] for number in numbers],
+    }
     if self._cache is None:
       video = np.stack(rows)
-      return Batch(step, bucket, video, list(captions), list(ids))
+      return Batch(step, bucket, video, list(captions), list(ids), **facts)
     video = np.zeros((len(ids), 0, bucket.height, bucket.width, 3), np.uint8)
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     made_by = self._cache.encoders
     return Batch(
-      step, bucket, video, list(captions), list(ids), arrays, made_by
+      step, bucket, video, list(captions), list(ids), arrays, made_by, **facts
     )
 
   def _clip(
@@ -348,7 +370,8 @@ def _copied(batch: Batch) -> Batch:
   outlived the process's clean-up.
   """
   arrays = {name: np.array(x) for name, x in batch.arrays.items()}
-  return batch._replace(video=np.array(batch.video), arrays=arrays)
+  fps = np.array(batch.fps)
+  return batch._replace(video=np.array(batch.video), arrays=arrays, fps=fps)
 
 
 def _schedule(

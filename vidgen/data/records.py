@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from vidgen import errors, manifest, tensorheader
 from vidgen.data import codec
 
-NAMES = ("moving_shapes", "video_folder")
+NAMES = ("moving_shapes", "orbiting_solids", "video_folder")
 VERSION = "1.1.0"
 
 

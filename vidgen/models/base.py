@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree, UInt8
 
-from vidgen import diffusion, errors, models, tensorheader, weights
+from vidgen import diffusion, errors, models, samplers, tensorheader, weights
 
 
 class Component(NamedTuple):
@@ -24,12 +24,15 @@ class Component(NamedTuple):
     init: Makes its parameters from a key, boxed with logical axes.
     table: How the published tensors become its parameters.
     takes_lora: Whether the model reads a LoRA for it, under `lora_name`.
+    grows_from: How the published tensors of a smaller network, of which this
+      one is made, become some of its parameters; empty where there is none.
   """
 
   name: str
   init: Callable[[Key[Array, ""]], PyTree]
   table: weights.Table
   takes_lora: bool = False
+  grows_from: weights.Table = ()
 
   @property
   def lora_name(self) -> str:
@@ -39,6 +42,18 @@ class Component(NamedTuple):
   def shapes(self) -> PyTree:
     """Returns the boxed shapes of its parameters, without making them."""
     return jax.eval_shape(self.init, jax.random.key(0))
+
+
+class Image(NamedTuple):
+  """An image that a caller gives.
+
+  Attributes:
+    pixels: In the size of the video, in [-1, 1].
+    original: As it was given.
+  """
+
+  pixels: Float[np.ndarray, "H W 3"]
+  original: UInt8[np.ndarray, "h w 3"]
 
 
 @dataclasses.dataclass
@@ -54,6 +69,7 @@ class Request:
     sampler: Name of the sampler.
     strength: How much of a given video is made anew; None without a video.
     image: Whether an image is given.
+    tiling: Whether frames are to be encoded and decoded in tiles.
     options: What this family alone has.
   """
 
@@ -65,6 +81,7 @@ class Request:
   sampler: str | None = None
   strength: float | None = None
   image: bool = False
+  tiling: bool = False
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -80,8 +97,12 @@ class Plan:
     padding: Leading latents that are dropped before decoding.
     schedule: The noise levels.
     sampler: Name of the sampler.
-    guidance: The guidance scale of each step, or None without guidance.
+    guidance: The guidance scale of each step, or of each frame in it, or None
+      without guidance.
     options: The family's options, each with its value.
+    fps: Frames a second that the video is meant for.
+    decode_chunk: Frames that are decoded at a time; None leaves it to the
+      model.
   """
 
   num_frames: int
@@ -91,8 +112,10 @@ class Plan:
   padding: int
   schedule: diffusion.Schedule
   sampler: str
-  guidance: Float[np.ndarray, " steps"] | None
+  guidance: Float[np.ndarray, " steps *_frames"] | None
   options: dict[str, Any]
+  fps: int | float
+  decode_chunk: int | None = None
 
 
 class Conditioner(NamedTuple):
@@ -105,6 +128,7 @@ class Conditioner(NamedTuple):
     draws: Whether it draws noise, and so needs a key.
     tiles: Whether it can work in tiles; then it must not run under jit.
     apply: `(params, inputs, key, *, tiling) -> {name: array}`, of one clip.
+    purpose: What the key is for; see `samplers`.
   """
 
   stage: str
@@ -113,6 +137,32 @@ class Conditioner(NamedTuple):
   draws: bool
   tiles: bool
   apply: Callable[..., dict[str, Array]]
+  purpose: int = samplers.POSTERIOR
+
+
+class Training(NamedTuple):
+  """What a model says of its training, beside what it predicts.
+
+  Attributes:
+    continuous: Whether noise levels are any, told as EDM's sigma, and not rows
+      of `Model.levels`.
+    image_frames: The frames of a clip that are given as images; negative ones
+      are counted from the end.
+    image_embedding: The condition that embeds them, beside their latents; None
+      has none.
+    noises_image: Whether the model adds noise to them by itself, and is told
+      how much: the input `image_noise`.
+    image_switch: Whether it can take single frames as images, which no layer
+      over time sees: the condition `image_only`.
+    numbers: What it is told of each clip, by name.
+  """
+
+  continuous: bool = False
+  image_frames: tuple[int, ...] = (0,)
+  image_embedding: str | None = None
+  noises_image: bool = False
+  image_switch: bool = False
+  numbers: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -124,29 +174,63 @@ class Model(Protocol):
 
   Attributes:
     components: The networks.
+    denoiser: The name of the one that denoises.
     fps: Frames a second.
     latent_channels: Channels of the latents.
     heads: Heads of the denoiser's attention, which a mesh may split.
     conditioners: The stages of conditioning, in order.
     takes_image: Whether a video is made from its first frame.
+    takes_text: Whether it is made from a text.
+    takes_fps: Whether the model is told the rate of frames, as an option `fps`.
+    training: What its training has to know.
   """
 
   components: tuple[Component, ...]
+  denoiser: str
   fps: int
   latent_channels: int
   heads: int
   conditioners: tuple[Conditioner, ...]
   takes_image: bool
+  takes_text: bool
+  takes_fps: bool
+  training: Training
 
   def plan(self, request: Request) -> Plan:
     """Returns what the request comes to. Raises InputError if it can't be."""
 
   def inputs(
-    self, prompts: list[str], images: list[np.ndarray] | None, plan: Plan
+    self, prompts: list[str], images: list[Image] | None, plan: Plan
   ) -> list[dict[str, np.ndarray]]:
     """Returns the conditioners' inputs of each clip, b = 1.
 
-    Warns of text that the model does not read. Images are `H W 3` in [-1, 1].
+    Warns of text that the model does not read. Where it takes none, prompts are
+    empty, and say no more than how many clips there are.
+    """
+
+  def clip_inputs(
+    self,
+    images: UInt8[np.ndarray, "b n H W 3"],
+    told: dict[str, Float[np.ndarray, " b"]],
+    num_frames: int,
+  ) -> dict[str, np.ndarray]:
+    """Returns the conditioners' inputs of clips, but for text and `image`.
+
+    Args:
+      images: The frames that are given.
+      told: The `numbers` of `training`, one of each clip.
+      num_frames: Frames of the clips.
+    """
+
+  def unconditional(
+    self, condition: dict[str, Array], negative: dict[str, Array]
+  ) -> dict[str, Array]:
+    """Returns the condition of guidance's other branch.
+
+    Args:
+      condition: What the conditioners gave.
+      negative: What they gave for the negative prompts alone; empty where the
+        model takes no text.
     """
 
   def encode(
@@ -172,11 +256,12 @@ class Model(Protocol):
     *,
     tiling: bool,
     slicing: bool,
+    decode_chunk: int | None = None,
   ) -> Array:
     """Returns `post` of the video, in [-1, 1], of scaled latents.
 
     `post` works frame by frame; it is applied as frames are made, so that only
-    its result is held for the whole video.
+    its result is held for the whole video. `decode_chunk` is as of `Plan`.
     """
 
   def denoise(
@@ -267,7 +352,7 @@ def find_family(folder: pathlib.Path) -> ModuleType:
   if not path.is_file():
     raise errors.InputError(
       f"{folder}: no model_index.json; give the folder that holds it, with "
-      "its transformer/, vae/, text_encoder/, tokenizer/ and scheduler/."
+      "the folders of its networks."
     )
   name = tensorheader.read_json(path).get("_class_name")
   known = []

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import warnings
 from typing import Any
 
 import jax
@@ -15,11 +16,11 @@ from vidgen import adapters, errors, publish, sharding
 from vidgen.data import buckets, cache, loader
 from vidgen.models import base
 from vidgen.pipeline import Pipeline
-from vidgen.tasks import noising, sources
+from vidgen.tasks import facts, noising, sources
 from vidgen.tasks.base import Sample
 from vidgen.tasks.noising import NoisingConfig
 
-DENOISER, VAE, TEXT_ENCODER = "transformer", "vae", "text_encoder"
+VAE, TEXT_ENCODER = "vae", "text_encoder"
 
 
 @dataclasses.dataclass
@@ -27,14 +28,16 @@ class SampleSettings:
   """The samples that a run makes now and then, always of the same noise.
 
   Attributes:
-    prompts: What of; none makes no samples.
-    images: First frames, for image-to-video models, one for each prompt.
+    prompts: What of; none makes no samples. None for models without text.
+    images: First frames, for image-to-video models, one for each prompt; they
+      alone say how many samples there are where a model takes no text.
     num_frames: Frames; None is the model's own default, as below.
     height: Pixels.
     width: Pixels.
     num_steps: Denoising steps.
     guidance_scale: Of classifier-free guidance.
     seed: Of the noise.
+    options: What the family alone has.
   """
 
   prompts: tuple[str, ...] = ()
@@ -45,6 +48,7 @@ class SampleSettings:
   num_steps: int | None = None
   guidance_scale: float | None = None
   seed: int = 0
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -55,6 +59,7 @@ class DiffusionTaskConfig:
     source: The model, and where its weights come from.
     noising: How samples are noised and conditions left out.
     train_text_encoder: Whether the text encoder is trained along.
+    train_along: Other components that are trained along, by name.
     lora: Trains low-rank updates of the denoiser alone; None trains all of it.
     dtype: What the networks compute in; weights in training are float32.
     remat: What of a block's activations is computed again in the backward
@@ -65,6 +70,7 @@ class DiffusionTaskConfig:
   source: sources.Source
   noising: NoisingConfig = dataclasses.field(default_factory=NoisingConfig)
   train_text_encoder: bool = False
+  train_along: tuple[str, ...] = ()
   lora: adapters.LoraConfig | None = None
   dtype: str = "bfloat16"
   remat: str = "none"
@@ -78,13 +84,23 @@ class DiffusionTaskConfig:
       raise errors.InputError(
         "config: lora leaves the text encoder alone; drop train_text_encoder."
       )
-    if self.lora is not None and opened.is_scratch(DENOISER):
+    if self.lora is not None and self.train_along:
+      raise errors.InputError(
+        "config: lora leaves all components alone; drop train_along."
+      )
+    if unknown := set(self.train_along) - opened.components.keys():
+      raise errors.InputError(
+        f"config: train_along: no component {', '.join(sorted(unknown))}; the "
+        f"model has {', '.join(opened.components)}."
+      )
+    has_text = TEXT_ENCODER in opened.components
+    words = opened.tokenizer_folder() if has_text else None
+    model = opened.model(jnp.dtype(self.dtype), self.remat, words)
+    if self.lora is not None and opened.is_scratch(model.denoiser):
       raise errors.InputError(
         "config: a LoRA needs a trained model; take it out of scratch."
       )
-    words = opened.tokenizer_folder()
-    model = opened.model(jnp.dtype(self.dtype), self.remat, words)
-    noising.check(self.noising, len(model.levels().alpha))
+    noising.check(self.noising, model)
     return DiffusionTask(self, opened, model, words, mesh)
 
 
@@ -96,25 +112,31 @@ class DiffusionTask:
     config: DiffusionTaskConfig,
     opened: sources.Opened,
     model: base.Model,
-    words: pathlib.Path,
+    words: pathlib.Path | None,
     mesh: Mesh,
   ):
     self.config, self.model = config, model
     self.heads = model.heads
     self._opened, self._words, self._mesh = opened, words, mesh
     self._takes_image = model.takes_image
-    self._plan = model.plan(base.Request(image=self._takes_image))
+    with warnings.catch_warnings():
+      # Nobody asked for anything yet that could be unwise.
+      warnings.simplefilter("ignore")
+      self._plan = model.plan(base.Request(image=self._takes_image))
     self._pipeline: Pipeline | None = None
-    self._denoiser = opened.components[DENOISER]
+    self._denoiser = opened.components[model.denoiser]
     lora = self._denoiser.lora_name
-    trained = (DENOISER,) if config.lora is None else (lora,)
+    trained = (model.denoiser,) if config.lora is None else (lora,)
     if config.train_text_encoder:
-      trained += ("text_encoder",)
+      trained += (TEXT_ENCODER,)
+    trained += tuple(n for n in config.train_along if n not in trained)
     self.groups = self.averaged = trained
     self._frozen_names = tuple(
       name for name in opened.components if name not in trained
     )
-    empty = noising.tokens(model, [""], self._plan)
+    empty = {}
+    if model.takes_text:
+      empty = noising.tokens(model, [""], self._plan)
     self._loss = noising.Noising(
       model, config.noising, self._takes_image, empty
     )
@@ -132,7 +154,7 @@ class DiffusionTask:
         f"known are {', '.join(sorted(fields))}."
       )
     config = dataclasses.replace(self.config.noising, **options)
-    noising.check(config, len(self.model.levels().alpha))
+    noising.check(config, self.model)
     other = DiffusionTask.__new__(DiffusionTask)
     other.__dict__ |= self.__dict__
     other._loss = dataclasses.replace(self._loss, config=config)
@@ -161,7 +183,7 @@ class DiffusionTask:
 
   def frozen(self, mesh: Mesh) -> dict[str, PyTree]:
     params = self._opened.frozen(self._frozen_names, mesh, self.config.dtype)
-    if "text_encoder" in params:
+    if TEXT_ENCODER in params:
       params["empty_text"] = self._empty_text(params)
     return params
 
@@ -227,9 +249,23 @@ class DiffusionTask:
       words = {path.name: cache.digest_file(path) for path in files}
       empty = {name: x.tolist() for name, x in self._loss.empty.items()}
       text = self._hash(TEXT_ENCODER, words, empty)
+    training = self.model.training
+    kept = ""
+    if training.image_frames != (0,) or facts.MOTION in training.numbers:
+      kept = f"frames {training.image_frames}, {training.numbers}"
     return cache.Encoders(
-      self._hash(VAE), text, self.config.dtype, self._takes_image
+      self._hash(VAE), text, self.config.dtype, self._takes_image, kept
     )
+
+  def kept(self, window: UInt8[np.ndarray, "F H W 3"]) -> dict[str, np.ndarray]:
+    """Returns what a cache keeps of a window beside its latents."""
+    training, arrays = self.model.training, {}
+    if self._takes_image:
+      arrays["image"] = window[list(training.image_frames)]
+    if facts.MOTION in training.numbers:
+      moved = facts.motion(window[None])[0]
+      arrays[facts.MOTION] = np.asarray(moved, np.float32)
+    return arrays
 
   def _hash(self, name: str, *parts: Any) -> str:
     """A hash of a component: its config, its weights, and what else is."""
@@ -284,16 +320,20 @@ class DiffusionTask:
     self, params: dict[str, PyTree], frozen: dict[str, PyTree]
   ) -> list[Sample]:
     settings = self.config.samples
-    if not settings.prompts:
+    takes_text = self.model.takes_text
+    named = settings.prompts if takes_text else settings.images
+    if not named:
       return []
     pipeline = self._sampler(self._together(params, frozen))
     options = dataclasses.asdict(settings)
+    options |= options.pop("options")
     prompts = list(options.pop("prompts"))
+    prompts = prompts if takes_text else None
     images = list(options.pop("images")) or None
     videos = pipeline.sample(prompts, image=images, **options)
     return [
-      Sample(f"{i:03d}", prompt, frames, float(pipeline.fps))
-      for i, (prompt, frames) in enumerate(zip(prompts, videos, strict=True))
+      Sample(f"{i:03d}", name, frames, float(pipeline.fps))
+      for i, (name, frames) in enumerate(zip(named, videos, strict=True))
     ]
 
   def _sampler(self, params: dict[str, PyTree]) -> Pipeline:

@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from vidgen import checkpoint, errors, models, sharding
 from vidgen.encoders import word_tokenizer
 from vidgen.models import base
+from vidgen.tasks import growth
 
 DTYPES = ("bfloat16", "float32")
 
@@ -40,6 +41,7 @@ class Source:
     parts: Folders of single components, which take the checkpoint's place:
       `{"vae": "runs/vae/published"}`.
     scratch: Components that start from random weights.
+    grow: Components that are made from smaller ones; see `growth.load`.
     tokenizer: The folder of a tokenizer; None is the checkpoint's.
     words: Makes a tokenizer of these words instead.
     revision: A branch, tag or commit of the hub's repository.
@@ -49,6 +51,7 @@ class Source:
   model: Any = None
   parts: dict[str, str] = dataclasses.field(default_factory=dict)
   scratch: tuple[str, ...] = ()
+  grow: tuple[str, ...] = ()
   tokenizer: str | None = None
   words: tuple[str, ...] = ()
   revision: str | None = None
@@ -96,7 +99,7 @@ class Opened:
     self.components = {
       part.name: part for part in self.family.components(self.config)
     }
-    names = {*source.parts, *source.scratch}
+    names = {*source.parts, *source.scratch, *source.grow}
     if unknown := names - self.components.keys():
       raise errors.InputError(
         f"config: no component {', '.join(sorted(unknown))}; the model has "
@@ -133,6 +136,9 @@ class Opened:
 
   def load(self, name: str, places: PyTree, dtype: DTypeLike) -> PyTree:
     """Returns the weights of a component, in `places`."""
+    if name in self._source.grow:
+      component = self.components[name]
+      return growth.load(self.home(name), component, places, dtype)
     return checkpoint.load_component(
       self.home(name), self.components[name], shardings=places, dtype=dtype
     )
@@ -175,6 +181,8 @@ class Opened:
       "checkpoint."
     )
 
-  def model(self, dtype: DTypeLike, remat: str, folder: pathlib.Path) -> Any:
+  def model(
+    self, dtype: DTypeLike, remat: str, folder: pathlib.Path | None
+  ) -> Any:
     """Returns the model, with the tokenizer in `folder`."""
     return self.family.create(self.config, dtype, folder, remat=remat)

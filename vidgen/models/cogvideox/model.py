@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree, UInt8
 
-from vidgen import diffusion, samplers
+from vidgen import diffusion, errors, samplers
 from vidgen.encoders import t5, tokenizer
 from vidgen.models import base
 from vidgen.models.cogvideox import (
@@ -73,6 +73,12 @@ class CogVideoX:
   tokenizer: tokenizer.Tokenizer
   remat: str = "none"
   attention: str | None = None
+
+  # What the family is, whatever the checkpoint.
+  denoiser: ClassVar[str] = "transformer"
+  takes_text: ClassVar[bool] = True
+  takes_fps: ClassVar[bool] = False
+  training: ClassVar[base.Training] = base.Training()
 
   def __post_init__(self):
     transformer.check_remat(self.remat)
@@ -141,7 +147,7 @@ class CogVideoX:
   def inputs(
     self,
     prompts: list[str],
-    images: list[np.ndarray] | None,
+    images: list[base.Image] | None,
     plan: base.Plan,
   ) -> list[dict[str, np.ndarray]]:
     length = plan.options["max_text_length"]
@@ -156,10 +162,26 @@ class CogVideoX:
     inputs = [{"ids": ids[None]} for ids in tokens.ids]
     scale = plan.options["image_latent_scale"]
     for one, image in zip(inputs, images or [], strict=images is not None):
-      one["image"] = image[None, None]
+      one["image"] = image.pixels[None, None]
       if scale is not None:
         one["image_latent_scale"] = np.float32(scale)
     return inputs
+
+  def clip_inputs(
+    self,
+    images: UInt8[np.ndarray, "b n H W 3"],
+    told: dict[str, Float[np.ndarray, " b"]],
+    num_frames: int,
+  ) -> dict[str, np.ndarray]:
+    """Nothing: the image alone is a condition."""
+    del images, told, num_frames
+    return {}
+
+  def unconditional(
+    self, condition: dict[str, Array], negative: dict[str, Array]
+  ) -> dict[str, Array]:
+    """The branches differ in the text alone."""
+    return {**condition, **negative}
 
   def _text(self, params, inputs, key, *, tiling):
     del key, tiling
@@ -244,7 +266,12 @@ class CogVideoX:
     *,
     tiling: bool = False,
     slicing: bool = False,
+    decode_chunk: int | None = None,
   ) -> Array:
+    if decode_chunk is not None:
+      raise errors.InputError(
+        "decode_chunk: CogVideoX decodes in chunks of its own; use tiling."
+      )
     return vae.decode(
       params["vae"],
       self.config.vae,

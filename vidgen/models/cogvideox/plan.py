@@ -72,6 +72,7 @@ def plan(config: Config, request: Request) -> Plan:
     sampler=sampler,
     guidance=guidance,
     options=options,
+    fps=config.fps,
   )
 
 

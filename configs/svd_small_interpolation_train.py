@@ -1,0 +1,68 @@
+r"""A small model that makes three frames between two, of one moving shape.
+
+vidgen prepare --dataset=moving_shapes --data_dir=data --num_clips=3000
+vidgen train --config=configs/svd_small_vae_train.py \
+    --workdir=runs/svd_small_vae
+vidgen encode --config=configs/svd_small_interpolation_train.py \
+    --out=runs/svd_small_interpolation_cache
+vidgen train --config=configs/svd_small_interpolation_train.py \
+    --workdir=runs/svd_small_interpolation
+
+Hardware: 2 CPU cores, 2 GB.
+Cost: see vidgen/models/svd/README.md, "Small models".
+Expect: a higher PSNR than the linear blend of the two frames has.
+`python tests/bench/svd_small.py interpolation` prints the figures.
+"""
+
+from vidgen import optimizers, train
+from vidgen.data import buckets, loader
+from vidgen.models import svd
+from vidgen.tasks import diffusion, noising, sources
+
+
+def get_config() -> train.TrainConfig:
+  """Returns the run."""
+  return train.TrainConfig(
+    task=diffusion.DiffusionTaskConfig(
+      source=sources.Source(
+        model=svd.config_small(
+          num_frames=5,
+          conditioning=svd.Conditioning(
+            given=(0, -1), mask_size=(8, 8), noised="latents"
+          ),
+        ),
+        parts={"vae": "runs/svd_small_vae/published"},
+        scratch=("unet", "image_encoder"),
+      ),
+      noising=noising.NoisingConfig(
+        log_sigma=(0.0, 1.6), image_dropouts=(0.05, 0.05, 0.05)
+      ),
+      # What it sees of the image is learned along.
+      train_along=("image_encoder",),
+      dtype="float32",
+    ),
+    stages=(
+      train.Stage(
+        1500,
+        loader.DataConfig(
+          dataset="moving_shapes",
+          data_dir="data",
+          fps=4.0,
+          buckets=(buckets.Bucket(5, 32, 32, 16),),
+          where={"things": 1},
+          cache="runs/svd_small_interpolation_cache",
+        ),
+        optimizers.Rate(2e-3, warmup_steps=50, schedule="linear", final=0.02),
+      ),
+    ),
+    optimizers={
+      name: optimizers.OptimizerConfig(
+        name="adamw",
+        options={"b1": 0.9, "b2": 0.98, "weight_decay": 0.01},
+      )
+      for name in ("unet", "image_encoder")
+    },
+    ema_decay=0.99,
+    checkpoint_every=250,
+    sample_every=0,
+  )

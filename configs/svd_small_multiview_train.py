@@ -1,0 +1,67 @@
+r"""A small model that goes around a solid: one view in, seven out.
+
+vidgen prepare --dataset=orbiting_solids --data_dir=data --num_clips=2000
+vidgen train --config=configs/svd_small_vae_train.py:orbiting_solids \
+    --workdir=runs/svd_small_vae_solids
+vidgen encode --config=configs/svd_small_multiview_train.py \
+    --out=runs/svd_small_multiview_cache
+vidgen train --config=configs/svd_small_multiview_train.py \
+    --workdir=runs/svd_small_multiview
+
+Hardware: 2 CPU cores, 2 GB.
+Cost: see vidgen/models/svd/README.md, "Small models".
+Expect: a higher PSNR than copies of the given view have.
+`python tests/bench/svd_small.py multiview` prints the figures.
+"""
+
+from vidgen import optimizers, train
+from vidgen.data import buckets, loader
+from vidgen.models import svd
+from vidgen.tasks import diffusion, noising, sources
+
+
+def get_config() -> train.TrainConfig:
+  """Returns the run."""
+  return train.TrainConfig(
+    task=diffusion.DiffusionTaskConfig(
+      source=sources.Source(
+        model=svd.config_small(
+          num_frames=7,
+          conditioning=svd.Conditioning(
+            numbers=("fps", "motion", "noise_aug", "elevation")
+          ),
+        ),
+        parts={"vae": "runs/svd_small_vae_solids/published"},
+        scratch=("unet", "image_encoder"),
+      ),
+      noising=noising.NoisingConfig(
+        log_sigma=(0.0, 1.6), image_dropouts=(0.05, 0.05, 0.05)
+      ),
+      # What it sees of the image is learned along.
+      train_along=("image_encoder",),
+      dtype="float32",
+    ),
+    stages=(
+      train.Stage(
+        1500,
+        loader.DataConfig(
+          dataset="orbiting_solids",
+          data_dir="data",
+          fps=7 / 3,
+          buckets=(buckets.Bucket(7, 32, 32, 16),),
+          cache="runs/svd_small_multiview_cache",
+        ),
+        optimizers.Rate(2e-3, warmup_steps=50, schedule="linear", final=0.02),
+      ),
+    ),
+    optimizers={
+      name: optimizers.OptimizerConfig(
+        name="adamw",
+        options={"b1": 0.9, "b2": 0.98, "weight_decay": 0.01},
+      )
+      for name in ("unet", "image_encoder")
+    },
+    ema_decay=0.99,
+    checkpoint_every=250,
+    sample_every=0,
+  )

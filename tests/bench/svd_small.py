@@ -1,0 +1,116 @@
+"""What the small models do, against what is true.
+
+python tests/bench/svd_small.py i2v|interpolation|multiview [--clips=N]
+    [--checkpoint=runs/svd_small_NAME/published] [--data_dir=data]
+
+Prints the mean PSNR over clips of the validation split, and what is gained over
+doing nothing. Run it where `data` and `runs` are.
+"""
+
+import argparse
+import collections
+import time
+
+import numpy as np
+
+import vidgen
+from vidgen.data import buckets, loader
+
+# The dataset of each, the rate at which frames are taken, and how many.
+_DATA = {
+  "i2v": ("moving_shapes", 4.0, 9, {"things": 1}),
+  "interpolation": ("moving_shapes", 4.0, 5, {"things": 1}),
+  "multiview": ("orbiting_solids", 7 / 3, 7, {}),
+}
+
+
+def psnr(x, y):
+  """In dB, of each clip."""
+  error = np.square(x.astype(np.float64) - y).mean(axis=(1, 2, 3, 4))
+  return 10 * np.log10(255**2 / np.maximum(error, 1e-3))
+
+
+def clips(name, data_dir, count):
+  """The first clips of the validation split, as a run would read them."""
+  dataset, fps, frames, where = _DATA[name]
+  config = loader.DataConfig(
+    dataset=dataset,
+    data_dir=data_dir,
+    split="validation",
+    fps=fps,
+    buckets=(buckets.Bucket(frames, 32, 32, count),),
+    where=where,
+  )
+  (batch,) = loader.batches(config, seed=0, start=0, stop=1)
+  return batch
+
+
+def blend(video):
+  """The linear blend of both ends, at the time of each frame."""
+  weight = np.linspace(0, 1, video.shape[1]).reshape(1, -1, 1, 1, 1)
+  return (1 - weight) * video[:, :1] + weight * video[:, -1:]
+
+
+def sample(pipeline, name, batch, **options):
+  """The model's videos of the clips' given frames, and their motion's score."""
+  given = pipeline.model.training.image_frames
+  images = [frame for clip in batch.video for frame in clip[list(given)]]
+  if name != "multiview":
+    options["fps"] = _DATA[name][1]
+    return pipeline.sample(image=images, **options)
+  made = []
+  for image, labels in zip(images, batch.labels, strict=True):
+    video = pipeline.sample(
+      image=image, fps=_DATA[name][1], elevation=labels["elevation"], **options
+    )
+    made.append(video[0])
+  return np.stack(made)
+
+
+def figures(name, video, made):
+  """What was measured, by name."""
+  inner = slice(1, -1) if name == "interpolation" else slice(1, None)
+  found = {"psnr_first_frame": psnr(made[:, :1], video[:, :1])}
+  found["psnr"] = psnr(made[:, inner], video[:, inner])
+  copies = np.repeat(video[:, :1], video.shape[1], axis=1)
+  found["psnr_of_copies"] = psnr(copies[:, inner], video[:, inner])
+  if name == "interpolation":
+    found["psnr_of_the_blend"] = psnr(blend(video)[:, inner], video[:, inner])
+  moved = lambda x: np.abs(x[:, -1].astype(float) - x[:, 0]).mean((1, 2, 3))
+  found["moved"], found["moved_in_truth"] = moved(made), moved(video)
+  return found
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("name", choices=sorted(_DATA))
+  parser.add_argument("--clips", type=int, default=64)
+  parser.add_argument("--checkpoint")
+  parser.add_argument("--data_dir", default="data")
+  parser.add_argument("--num_steps", type=int, default=25)
+  parser.add_argument("--guidance_scale", type=float, default=1.0)
+  args = parser.parse_args()
+  folder = args.checkpoint or f"runs/svd_small_{args.name}/published"
+  pipeline = vidgen.load(folder, dtype="float32")
+  batch = clips(args.name, args.data_dir, args.clips)
+  start = time.monotonic()
+  made = sample(
+    pipeline,
+    args.name,
+    batch,
+    num_frames=batch.video.shape[1],
+    height=32,
+    width=32,
+    num_steps=args.num_steps,
+    guidance_scale=args.guidance_scale,
+  )
+  found = collections.OrderedDict(figures(args.name, batch.video, made))
+  for key, values in found.items():
+    print(
+      f"{key:20} {values.mean():7.2f} ± {values.std() / len(values) ** 0.5:.2f}"
+    )
+  print(f"{len(made)} clips in {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+  main()
