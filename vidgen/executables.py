@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 from jax.experimental import serialize_executable
 
@@ -24,15 +25,25 @@ from vidgen import checkpoint, errors, tensorheader, version
 INDEX = "executables.json"
 
 
-def identity(devices: Sequence[Any], mesh: Mapping[str, int]) -> dict[str, Any]:
-  """Returns all that executables depend on beside the programs themselves.
+def identity(
+  model: Any, devices: Sequence[Any], mesh: Mapping[str, int]
+) -> dict[str, Any]:
+  """Returns all that executables depend on, beside the shapes of a call.
 
   Args:
+    model: A `base.Model`. Of two with parameters of the same shapes, the scale
+      of latents for one may differ, and is a constant of the program.
     devices: That the mesh is laid over.
     mesh: Axis to size.
   """
+  configs = {
+    path: {k: v for k, v in config.items() if not k.startswith("_")}
+    for path, config in model.published_configs().items()
+  }
+  text = json.dumps([configs, jnp.dtype(model.dtype).name], sort_keys=True)
   first = devices[0]
   return {
+    "model": hashlib.sha256(text.encode()).hexdigest()[:16],
     "vidgen": version.VERSION,
     "jax": jax.__version__,
     "jaxlib": jaxlib.__version__,
