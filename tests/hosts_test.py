@@ -188,6 +188,14 @@ def test_alone_nothing_is_joined():
     pass
 
 
+def test_long_values_differ_at_their_ends():
+  path = "/mnt/" + "long/" * 20
+  one, other = ({"data": path + name} for name in ("run_a", "run_b"))
+  found = rollcall.differences(one, other)
+  assert found.startswith("data (") and "run_a" in found and "run_b" in found
+  assert len(found) < 150
+
+
 def test_differences():
   one = {"config": {"seed": 0, "stages": [{"n": 1}]}, "versions": {"jax": "1"}}
   other = {"config": {"seed": 1, "stages": [{}]}, "versions": {"jax": "1"}}

@@ -14,7 +14,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from vidgen import errors, executables, hlo, topology, video
+from vidgen import checkpoint, errors, executables, hlo, topology, video
 
 _GIB = 2**30
 _TOO_LARGE = re.compile(
@@ -333,6 +333,8 @@ def run(job: Job, name: str, save: str | os.PathLike | None = None) -> Report:
       "save: only vidgen sample reads executables; a training run keeps what "
       "it compiles in the cache ($VIDGEN_CACHE), for its next start."
     )
+  if save is not None:
+    checkpoint.new_folder(save)  # Before minutes of compiling, not after.
   kept: dict[str, jax.stages.Compiled] = {}
   report, mesh = _compile(job, where, kept)
   if report.fits:

@@ -6,6 +6,7 @@ before a file is opened, and what they were compiled for, which must be what is
 here. Load those alone that you made.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -45,6 +46,7 @@ def identity(
   return {
     "model": hashlib.sha256(text.encode()).hexdigest()[:16],
     "vidgen": version.VERSION,
+    "code": _code(),
     "jax": jax.__version__,
     "jaxlib": jaxlib.__version__,
     "runtime": first.client.platform_version.splitlines()[0],
@@ -52,6 +54,15 @@ def identity(
     "devices": len(devices),
     "mesh": {axis: size for axis, size in mesh.items() if size > 1},
   }
+
+
+@functools.cache
+def _code() -> str:
+  """Returns a hash of this package: a clone changes without its version."""
+  digest = hashlib.sha256()
+  for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+    digest.update(path.read_bytes())
+  return digest.hexdigest()[:16]
 
 
 def arguments(tree: Any) -> str:
