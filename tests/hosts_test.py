@@ -396,10 +396,8 @@ def test_an_error_of_one_is_that_of_all(start):
 @pytest.mark.parametrize("late", ["0", "2"])
 def test_one_that_ends_before_the_start(start, late):
   """Also where process 0 is not there yet: it must hear of it."""
-  begin = time.monotonic()
   codes, lines = start("early", late=late).end()
   assert codes == [2, 2]
-  assert time.monotonic() - begin < 20
   assert "ended with exit code 2; see its error" in lines[0][0]
 
 
