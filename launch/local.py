@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
       # What a process has left behind, a port for one, is gone by then.
       _tell(f"starting again ({start + 1} of {arguments.restarts})")
       stop.wait(1)
+      if stop.noted:
+        return AGAIN
   _tell(f"started {arguments.restarts + 1} times; given up.")
   return AGAIN
 
@@ -96,6 +98,8 @@ def _once(
         environ["JAX_NUM_CPU_DEVICES"] = str(arguments.devices)
       child = _start(command, environ)
       stop.children.append(child)
+      if stop.noted:
+        child.send_signal(signal.SIGTERM)
       threads.append(threading.Thread(target=_copy, args=(child, process)))
       threads[-1].start()
     codes = [child.wait() for child in stop.children]

@@ -474,6 +474,7 @@ def test_resolve_without_network(network, why, published, tmp_path):
     assert f"--checkpoint={name}" in got and "HF_HOME" in got
 
 
+@pytest.mark.slow
 def test_resolve_gives_up_on_a_silent_network(tmp_path):
   with socket.socket() as server:
     server.bind(("127.0.0.1", 0))

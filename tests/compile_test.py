@@ -104,6 +104,14 @@ def test_a_training_step(checkpoint, tmp_path):
   assert "It fits." in str(found)
 
 
+def test_a_training_step_is_not_kept(checkpoint, tmp_path):
+  config = tiny_training.config("data", str(checkpoint))
+  job = programs.TrainJob(config, tmp_path)
+  with pytest.raises(errors.InputError, match="only vidgen sample reads"):
+    compiling.run(job, TOPOLOGY, tmp_path / "programs")
+  assert not (tmp_path / "programs").exists()
+
+
 @pytest.mark.slow
 def test_a_mesh_is_chosen(checkpoint, tmp_path):
   """Of four chips two make a branch, and two have two of the four heads."""

@@ -66,6 +66,16 @@ def test_what_a_plan_needs_is_compiled_while_weights_load(checkpoint, want):
   assert compiled(pipeline) == 0
 
 
+def test_programs_of_another_model_are_refused(saved, tmp_path):
+  """The shapes are the same: only a constant of the autoencoder differs."""
+  tiny_cogvideox.write(tmp_path, "5b")
+  path = tmp_path / "checkpoint" / "vae" / "config.json"
+  config = json.loads(path.read_text())
+  path.write_text(json.dumps(config | {"scaling_factor": 1.25}))
+  with pytest.raises(errors.InputError, match="something else: model "):
+    vidgen.load(path.parent.parent, dtype="float32", executables=str(saved))
+
+
 @pytest.mark.parametrize(
   "field, value", [("jax", "0.1"), ("devices", 8), ("device_kind", "TPU v9")]
 )
@@ -97,10 +107,10 @@ def test_a_changed_file_is_not_opened(checkpoint, saved, tmp_path):
   data[len(data) // 2] ^= 1
   file.write_bytes(data)
   with pytest.raises(errors.CorruptError, match="not what was written"):
-    vidgen.load(checkpoint, executables=str(folder))
+    vidgen.load(checkpoint, dtype="float32", executables=str(folder))
   file.unlink()
   with pytest.raises(errors.CorruptError, match="cannot be read"):
-    vidgen.load(checkpoint, executables=str(folder))
+    vidgen.load(checkpoint, dtype="float32", executables=str(folder))
 
 
 def test_no_programs(checkpoint, tmp_path):

@@ -58,6 +58,21 @@ def test_decay_is_for_kernels_alone():
   np.testing.assert_allclose(updates["dense"]["bias"], 0)
 
 
+@pytest.mark.parametrize(
+  "name", ["adamw", "lion", "nadamw", "adamaxw", "novograd"]
+)
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.0}])
+def test_no_decay_is_none(name, options):
+  """optax has a decay of its own, where none is given."""
+  config = optimizers.OptimizerConfig(name, options)
+  tx = optimizers.optimizer(config, lambda _: 1.0)
+  params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+  updates, _ = tx.update(
+    jax.tree.map(jnp.zeros_like, params), tx.init(params), params
+  )
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+
+
 def test_gradients_are_clipped_by_their_global_norm():
   config = Config(name="sgd", options={}, clip_norm=1.0)
   tx = optimizers.optimizer(config, optax.constant_schedule(1.0))

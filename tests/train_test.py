@@ -11,6 +11,7 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 
@@ -347,6 +348,36 @@ def test_bad_configs(fields, word, data_dir, checkpoint, tmp_path):
   with pytest.raises(errors.InputError, match=word):
     train.run(config, tmp_path / "run")
   assert not (tmp_path / "run").exists(), "nothing is left to be in the way"
+
+
+def test_parts_of_a_batch_that_a_budget_sizes(data_dir, checkpoint):
+  """Its size is known before the first step, and so is that it has no parts."""
+  stage = tiny_training.stage(data_dir, batch_size=0)
+  stage.data.token_budget = 7 * 12
+  config = tiny_training.config(data_dir, checkpoint, stages=(stage,))
+  config = tiny_training.replace(config, accumulate=2)
+  with pytest.raises(errors.InputError, match=r"batch of 7 .* 2 equal parts"):
+    train.check(config)
+
+
+def test_an_optimiser_starts_from_the_given_weights(
+  data_dir, checkpoint, tmp_path
+):
+  """Some hold a copy: it must be of the checkpoint, not of random weights."""
+  config = tiny_training.config(
+    data_dir,
+    checkpoint,
+    optimizers={
+      "transformer": train.OptimizerConfig("schedule_free_adamw", {})
+    },
+  )
+  mesh = sharding.make_mesh(None)
+  trainer = train.Trainer(config, config.task.build(mesh), mesh)
+  with train.open_folder(config, tmp_path / "run") as folder:
+    state = trainer.start(folder)
+  held = optax.tree.get(state.opt["transformer"], "z")
+  same = jax.tree.map(np.array_equal, held, state.params["transformer"])
+  assert all(jax.tree.leaves(same))
 
 
 def test_a_mesh_is_chosen(data_dir, checkpoint):

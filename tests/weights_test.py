@@ -345,8 +345,8 @@ def gigabytes(tmp_path_factory):
 @pytest.mark.parametrize(
   ("dtype", "where"),
   [
-    ("float32", "device"),
     ("bfloat16", "device"),
+    pytest.param("float32", "device", marks=pytest.mark.slow),
     pytest.param("bfloat16", "host", marks=pytest.mark.slow),
   ],
 )

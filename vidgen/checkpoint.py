@@ -11,6 +11,7 @@ import errno
 import os
 import pathlib
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -266,7 +267,7 @@ def drafted(target: pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     StorageError: The disk is full, or writing fails otherwise.
   """
-  draft = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+  draft = target.with_name(f".{target.name}.tmp-{secrets.token_hex(8)}")
   try:
     draft.mkdir(parents=True)
     yield draft

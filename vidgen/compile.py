@@ -14,7 +14,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from vidgen import errors, executables, hlo, topology, video
+from vidgen import checkpoint, errors, executables, hlo, topology, video
 
 _GIB = 2**30
 _TOO_LARGE = re.compile(
@@ -323,16 +323,25 @@ def run(job: Job, name: str, save: str | os.PathLike | None = None) -> Report:
     save: A folder for the executables, new or empty; None keeps none.
 
   Raises:
-    InputError: An unknown topology, or a job that cannot be laid out on it.
+    InputError: An unknown topology, a job that cannot be laid out on it, or
+      executables of a job that would not read them.
     StorageError: The executables cannot be written.
   """
   where = topology.find(name)
+  if save is not None and not hasattr(job, "model"):
+    raise errors.InputError(
+      "save: only vidgen sample reads executables; a training run keeps what "
+      "it compiles in the cache ($VIDGEN_CACHE), for its next start."
+    )
+  if save is not None:
+    checkpoint.new_folder(save)  # Before minutes of compiling, not after.
   kept: dict[str, jax.stages.Compiled] = {}
   report, mesh = _compile(job, where, kept)
   if report.fits:
     if save is not None:
       devices = list(mesh.devices.flat)
-      executables.save(save, kept, executables.identity(devices, mesh.shape))
+      identity = executables.identity(job.model, devices, mesh.shape)
+      executables.save(save, kept, identity)
     return report
   tried = []
   for change, other in job.alternatives():

@@ -6,6 +6,7 @@ before a file is opened, and what they were compiled for, which must be what is
 here. Load those alone that you made.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 from jax.experimental import serialize_executable
 
@@ -24,16 +26,27 @@ from vidgen import checkpoint, errors, tensorheader, version
 INDEX = "executables.json"
 
 
-def identity(devices: Sequence[Any], mesh: Mapping[str, int]) -> dict[str, Any]:
-  """Returns all that executables depend on beside the programs themselves.
+def identity(
+  model: Any, devices: Sequence[Any], mesh: Mapping[str, int]
+) -> dict[str, Any]:
+  """Returns all that executables depend on, beside the shapes of a call.
 
   Args:
+    model: A `base.Model`. Of two with parameters of the same shapes, the scale
+      of latents for one may differ, and is a constant of the program.
     devices: That the mesh is laid over.
     mesh: Axis to size.
   """
+  configs = {
+    path: {k: v for k, v in config.items() if not k.startswith("_")}
+    for path, config in model.published_configs().items()
+  }
+  text = json.dumps([configs, jnp.dtype(model.dtype).name], sort_keys=True)
   first = devices[0]
   return {
+    "model": hashlib.sha256(text.encode()).hexdigest()[:16],
     "vidgen": version.VERSION,
+    "code": _code(),
     "jax": jax.__version__,
     "jaxlib": jaxlib.__version__,
     "runtime": first.client.platform_version.splitlines()[0],
@@ -41,6 +54,15 @@ def identity(devices: Sequence[Any], mesh: Mapping[str, int]) -> dict[str, Any]:
     "devices": len(devices),
     "mesh": {axis: size for axis, size in mesh.items() if size > 1},
   }
+
+
+@functools.cache
+def _code() -> str:
+  """Returns a hash of this package: a clone changes without its version."""
+  digest = hashlib.sha256()
+  for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+    digest.update(path.read_bytes())
+  return digest.hexdigest()[:16]
 
 
 def arguments(tree: Any) -> str:

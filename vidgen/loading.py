@@ -69,7 +69,7 @@ def load(
   pipeline.why_mesh = why
   if programs is not None:
     devices = list(mesh.devices.flat)
-    identity = executables.identity(devices, mesh.shape)
+    identity = executables.identity(model, devices, mesh.shape)
     pipeline.ready.add(executables.load(programs, identity, devices))
   with _compiling(pipeline, plans):
     params = {}

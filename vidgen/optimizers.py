@@ -1,6 +1,7 @@
 """Optimisers by config: any of optax, clipped, with a rate in stages."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -131,15 +132,23 @@ def optimizer(
   decay = options.pop("weight_decay", 0.0)
   rate = lambda count: config.scale * learning_rate(count)
   try:
-    if decay and config.name in ("adamw", "lion", "lamb", "adan", "nadamw"):
-      options |= {"weight_decay": decay, "mask": decayed}
-    elif config.name == "muon":
+    takes = inspect.signature(make).parameters
+    if config.name == "muon":
       # Left alone it takes a stack of biases for a matrix, and one of kernels
       # for no matrix at all.
       options |= {"muon_weight_dimension_numbers": matrices}
       options |= {"weight_decay": decay, "weight_decay_mask": decayed}
+    elif "weight_decay" in takes and "mask" in takes:
+      # Also where it is 0: optax has defaults of its own, for all parameters.
+      options |= {"weight_decay": decay, "mask": decayed}
+    elif "weight_decay_mask" in takes:
+      options |= {"weight_decay_mask": decayed}
+      if decay:
+        raise TypeError("its weight_decay is called weight_decay_rate")
     elif decay:
       raise TypeError(f"weight_decay is not for {config.name}")
+    elif "weight_decay" in takes:
+      options |= {"weight_decay": 0.0}
     tx = make(rate, **options)
   except (TypeError, ValueError) as error:
     raise errors.InputError(f"config: {config.name}: {error}.") from error

@@ -89,11 +89,13 @@ class SampleJob:
     config: Of the job.
     folder: Where configs of checkpoints may be written.
     why_mesh: Why the last mesh was this, if it was chosen.
+    model: Of the last programs.
   """
 
   config: SampleConfig
   folder: pathlib.Path
   why_mesh: str = ""
+  model: base.Model | None = None
 
   def programs(
     self, devices: Sequence[Any], device_bytes: int | None = None
@@ -102,7 +104,7 @@ class SampleJob:
     config = self.config
     home = skeleton(config.checkpoint, self.folder)
     dtype = jnp.dtype(config.dtype)
-    model = base.find_family(home).open_model(home, dtype)
+    model = self.model = base.find_family(home).open_model(home, dtype)
     sizes = {
       name: getattr(config, name)
       for name in ("num_frames", "height", "width", "num_steps")

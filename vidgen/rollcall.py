@@ -319,8 +319,8 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> str:
     if here.get(name) != there.get(name)
   )
   shown = [
-    f"{name} ({there.get(name, 'absent')} instead of "
-    f"{here.get(name, 'absent')})"
+    f"{name} ({_short(there.get(name, 'absent'))} instead of "
+    f"{_short(here.get(name, 'absent'))})"
     for name in names[:4]
   ]
   more = [f"{len(names) - 4} more"] if len(names) > 4 else []
@@ -340,8 +340,12 @@ def _fields(value: Any, name: str = ""):
     for key, item in pairs:
       yield from _fields(item, f"{name}.{key}" if name else str(key))
   else:
-    text = json.dumps(value, sort_keys=True)
-    yield name, text if len(text) <= 60 else f"{text[:57]}..."
+    yield name, json.dumps(value, sort_keys=True)
+
+
+def _short(text: str) -> str:
+  """Returns text for a message; of long ones the end tells more."""
+  return text if len(text) <= 60 else f"{text[:27]}...{text[-30:]}"
 
 
 def _listen(port: int) -> socket.socket:

@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -256,7 +257,9 @@ def write(
   finals = [folder / name for name in names]
   if len(shards) > 1:
     finals.append(folder / f"{stem}.safetensors.index.json")
-  drafts = [f.with_name(f".{f.name}.tmp-{os.getpid()}") for f in finals]
+  drafts = [
+    f.with_name(f".{f.name}.tmp-{secrets.token_hex(8)}") for f in finals
+  ]
   try:
     _write_shards(
       drafts[: len(shards)], shards, shapes, tensors, dict(metadata or {})

@@ -144,7 +144,7 @@ def check(config: TrainConfig) -> int:
   if not 0 <= config.ema_decay < 1:
     raise errors.InputError("config: ema_decay must be in [0, 1).")
   for stage in config.stages:
-    for bucket in stage.data.buckets:
+    for bucket in loader.sized(stage.data):
       if bucket.batch_size % config.accumulate:
         raise errors.InputError(
           f"config: a batch of {bucket.batch_size} cannot be taken in "
@@ -321,14 +321,10 @@ class Trainer:
         divide over hosts and devices.
       CorruptError: The data are damaged.
     """
+    part, parts = sharding.host_part(self.mesh)
     for stage in self.config.stages:
       steps = loader.Steps(
-        stage.data,
-        self.config.seed,
-        0,
-        stage.num_steps,
-        jax.process_index(),
-        jax.process_count(),
+        stage.data, self.config.seed, 0, stage.num_steps, part, parts
       )
       for bucket in steps.buckets:
         sharding.training_batch(self.mesh, bucket.batch_size)
@@ -350,8 +346,17 @@ class Trainer:
     ema = {
       name: copy(tree) for name, tree in given.items() if name in state.ema
     }
+    # Some optimisers hold the weights too: those that were given.
+    opt = {
+      name: jax.jit(self.txs[name].init, out_shardings=self.places.opt[name])(
+        tree
+      )
+      for name, tree in given.items()
+    }
     return state._replace(
-      params={**state.params, **given}, ema={**state.ema, **ema}
+      params={**state.params, **given},
+      opt={**state.opt, **opt},
+      ema={**state.ema, **ema},
     )
 
   def forget(self, state: train_step.State) -> train_step.State:
@@ -405,13 +410,14 @@ class Trainer:
 
     `before` is the number of steps of the stages before.
     """
+    part, parts = sharding.host_part(self.mesh)
     return loader.batches(
       stage.data,
       seed=self.config.seed + before,
       start=start - before,
       stop=stop - before,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=part,
+      process_count=parts,
     )
 
 
@@ -440,11 +446,12 @@ def _loop(trainer, state, frozen, folder, meter, stop, total):
         )
         if told and told["skipped_in_a_row"] >= config.max_skipped:
           _diverged(folder, config, ids)
-        if config.sample_every and done % config.sample_every == 0:
-          _samples(task, state, frozen, folder, meter, done)
+        # Samples come after: whatever fails in them costs no step.
         if done % config.checkpoint_every == 0 and done < total:
           with meter.timing("checkpoint"):
             folder.save(done, state)
+        if config.sample_every and done % config.sample_every == 0:
+          _samples(task, state, frozen, folder, meter, done)
         if stop.requested(done):
           _preempted(folder, meter, state, done)
     before += stage.num_steps
@@ -461,8 +468,8 @@ def _place(
 ) -> dict[str, Array]:
   """A batch on its devices."""
   arrays = task.host_batch(batch)
-  rows = len(batch.ids)
-  first = jax.process_index() * rows
+  part, _ = sharding.host_part(mesh)
+  first = part * len(batch.ids)
   return train_step.place_batch(arrays, mesh, first, _size(batch))
 
 

@@ -289,6 +289,9 @@ def place_batch(
   batch["count"] = np.full((rows,), size, np.int32)
   place = sharding.training_batch(mesh, size)
   return {
-    name: jax.make_array_from_process_local_data(place, np.asarray(x))
+    # With its whole shape, so that rows of another share are an error.
+    name: jax.make_array_from_process_local_data(
+      place, np.asarray(x), (size, *np.shape(x)[1:])
+    )
     for name, x in batch.items()
   }

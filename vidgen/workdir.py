@@ -69,8 +69,8 @@ def identify(
     )
     if names:
       items = [
-        f"{name} ({there.get(name, 'absent')} there, "
-        f"{here.get(name, 'absent')} here)"
+        f"{name} ({_short(there.get(name, 'absent'))} there, "
+        f"{_short(here.get(name, 'absent'))} here)"
         for name in names
       ]
       raise errors.InputError(
@@ -89,8 +89,12 @@ def _fields(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     for key, item in pairs:
       yield from _fields(item, f"{name}.{key}" if name else str(key))
   else:
-    text = json.dumps(value, sort_keys=True)
-    yield name, text if len(text) <= 60 else text[:57] + "..."
+    yield name, json.dumps(value, sort_keys=True)
+
+
+def _short(text: str) -> str:
+  """Returns text for a message; of long ones the end tells more."""
+  return text if len(text) <= 60 else f"{text[:27]}...{text[-30:]}"
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

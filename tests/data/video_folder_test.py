@@ -79,6 +79,23 @@ def test_tables_of_captions(source, name, text):
   assert videos[1].captions == ("Late", "B")
 
 
+@pytest.mark.parametrize(
+  "name, text",
+  [
+    ("c.csv", 'file,caption\na.mp4,"A red ball\nrolls down."\n'),
+    (
+      "c.jsonl",
+      '{"file": "a.mp4", "caption": "A red ball\u2028rolls down."}\n',
+    ),
+  ],
+)
+def test_captions_of_several_lines(source, name, text):
+  """As models write them: no word is joined to another, none is lost."""
+  (source / "a.txt").unlink()
+  (source / name).write_text(text, encoding="utf-8")
+  assert scan(source).splits["train"][0].captions == ("A red ball rolls down.",)
+
+
 def test_what_cannot_be_used_is_quarantined(source, tmp_path):
   whole = encode(
     np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), np.uint8)

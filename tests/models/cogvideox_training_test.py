@@ -82,6 +82,23 @@ def loss(model, params, x0, noise, level, condition):
   return jnp.mean((v - model.target(x0, noise, level)) ** 2)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_program_does_not_grow_with_the_layers(words, remat):
+  """Compiling 42 layers is compiling one: forward and backward."""
+
+  def instructions(layers):
+    config = dataclasses.replace(SMALL, num_layers=layers)
+    model = make(config, words, remat=remat)
+    part = next(c for c in model.components if c.name == "transformer")
+    step = jax.jit(jax.value_and_grad(functools.partial(loss, model)))
+    x0, noise, condition = batch()
+    level = at(model, [7, 851])
+    lowered = step.lower(base.shapes(part), x0, noise, level, condition)
+    return lowered.as_text().count(" = ")
+
+  assert instructions(42) <= 1.02 * instructions(2)
+
+
 @pytest.mark.parametrize("variant", ["5b", "1.5-5b-i2v"])
 def test_loss_and_gradients_are_those_of_upstream(variant, words, tmp_path):
   """CogVideo's finetune/models/cogvideox_t2v/lora_trainer.py, on diffusers."""

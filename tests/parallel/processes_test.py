@@ -5,6 +5,9 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
+from tests import tiny_training
 from tests.parallel import equality
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -72,3 +75,53 @@ def test_two_processes_are_one():
   assert len(one) == 1
   assert one == two
   assert next(iter(one)).startswith("8 ")
+
+
+_TRAINER = """
+import pathlib
+import sys
+
+import jax
+
+port, rank, count, data, folder, axis = sys.argv[1:]
+count = int(count)
+jax.config.update("jax_num_cpu_devices", 2 // count)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", count, int(rank))
+
+from tests import toy_training
+from vidgen import train
+
+config = toy_training.config(data, 4, mesh={axis: 2})
+train.run(config, pathlib.Path(folder))
+"""
+
+
+@pytest.mark.parametrize("axis", ["context", "data"])
+def test_processes_that_share_samples_read_the_same(axis, tmp_path):
+  """A batch is dealt out by what of it a process has, not by its number."""
+  data = tiny_training.shapes(tmp_path)
+  results = []
+  for count in (1, 2):
+    folder = tmp_path / str(count)
+    with socket.socket() as server:
+      server.bind(("localhost", 0))
+      port = server.getsockname()[1]
+    children = [
+      subprocess.Popen(
+        [
+          *(sys.executable, "-c", _TRAINER, str(port), str(rank), str(count)),
+          *(data, str(folder), axis),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+      )
+      for rank in range(count)
+    ]
+    for child in children:
+      _, error = child.communicate(timeout=300)
+      assert child.returncode == 0, error[-3000:]
+    results.append((folder / "published" / "line.json").read_text())
+  assert results[0] == results[1]

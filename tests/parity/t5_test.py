@@ -91,6 +91,7 @@ def test_one_token_repeated(tiny, fill):
   compare.check("T5", f"tiny, all {fill}", got, run(module, ids), TOLERANCE)
 
 
+@pytest.mark.slow
 def test_full_width(tmp_path):
   """The published width and heads, two layers, a short vocabulary."""
   module = build(d_model=4096, d_kv=64, num_heads=64, d_ff=10240)

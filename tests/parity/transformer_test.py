@@ -122,7 +122,11 @@ def test_other_sizes(variant, size, tmp_path):
 
 @pytest.mark.parametrize(
   ("variant", "heads"),
-  [("2b", 30), ("5b", 48), ("1.5-5b-i2v", 48)],
+  [
+    ("2b", 30),
+    pytest.param("5b", 48, marks=pytest.mark.slow),
+    pytest.param("1.5-5b-i2v", 48, marks=pytest.mark.slow),
+  ],
 )
 def test_published_width(variant, heads, tmp_path):
   fields = {"ofs_embed_dim": 512} if variant == "1.5-5b-i2v" else {}

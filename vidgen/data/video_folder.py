@@ -9,6 +9,7 @@ import collections
 import csv
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -266,13 +267,13 @@ def _from_table(
     )
   for table in tables:
     try:
-      lines = (folder / table).read_text(encoding="utf-8-sig").splitlines()
+      text = (folder / table).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeError) as error:
       raise errors.InputError(
         f"{folder / table}: cannot be read as text: {error}."
       ) from error
     rows = _csv_rows if table.endswith(".csv") else _jsonl_rows
-    for number, row in rows(folder / table, lines):
+    for number, row in rows(folder / table, text):
       where, values = f"{table}:{number}", (row.get("file"), row.get("caption"))
       if not all(isinstance(v, str) and v.strip() for v in values):
         bad[where] = "has not both a file and a caption."
@@ -284,9 +285,10 @@ def _from_table(
 
 
 def _csv_rows(
-  path: pathlib.Path, lines: list[str]
+  path: pathlib.Path, text: str
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-  reader = csv.DictReader(lines)
+  # A quoted caption may have lines of its own.
+  reader = csv.DictReader(io.StringIO(text, newline=""))
   try:
     if not {"file", "caption"} <= set(reader.fieldnames or ()):
       raise errors.InputError(
@@ -299,10 +301,11 @@ def _csv_rows(
 
 
 def _jsonl_rows(
-  path: pathlib.Path, lines: list[str]
+  path: pathlib.Path, text: str
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
   del path
-  for number, line in enumerate(lines, 1):
+  # Not splitlines: JSON may hold other ends of lines within a caption.
+  for number, line in enumerate(text.split("\n"), 1):
     if not line.strip():
       continue
     try:

@@ -5,8 +5,8 @@ vidgen.encoders.tokenizer and transformers read them as any other's.
 """
 
 import json
-import os
 import pathlib
+import secrets
 import shutil
 import string
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def write(folder: pathlib.Path, words: Sequence[str]) -> int:
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise errors.InputError(f"{folder}: exists; name an empty folder.")
   model, size = _model(words)
-  draft = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+  draft = folder.with_name(f".{folder.name}.tmp-{secrets.token_hex(8)}")
   try:
     draft.mkdir(parents=True)
     (draft / "spiece.model").write_bytes(model)

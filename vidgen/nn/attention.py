@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vidgen import sharding
-from vidgen.nn import blocked, context_parallel
+from vidgen.nn import blocked, context_parallel, layers
 
 # Implementation -> the platform it runs on; None is any.
 IMPLEMENTATIONS: dict[str, str | None] = {
@@ -214,10 +214,15 @@ def _cudnn(q, k, v, num_keys, scale):
 def _plain(q, k, v, bias, scale):
   """Holds the scores of all heads at once."""
   scores = jnp.einsum(
-    "bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32
+    "bnhd,bmhd->bhnm",
+    q,
+    k,
+    precision=layers.precision(q.dtype),
+    preferred_element_type=jnp.float32,
   )
   scores = scores * scale
   if bias is not None:
     scores = scores + bias
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
+  precision = layers.precision(v.dtype)
+  return jnp.einsum("bhnm,bmhd->bnhd", weights, v, precision=precision)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vidgen.nn import layers
+
 # Rows of queries whose scores are held at once.
 BLOCK = 2048
 
@@ -118,7 +120,11 @@ def backward(
 def _backward_head(k, v, rows, count, *, scale, block):
   """The gradients of q, k and v of one head, a block of queries at a time."""
   n = rows[0].shape[0]
-  product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+  product = functools.partial(
+    jnp.dot,
+    precision=layers.precision(k.dtype),
+    preferred_element_type=jnp.float32,
+  )
 
   def step(sums, row):
     q, lse, d_out, inner = row
@@ -170,7 +176,10 @@ def _split(x, block):
 
 def _scores(q, k, scale):
   q = q * jnp.asarray(scale, q.dtype)
-  return jnp.dot(q, k.T, preferred_element_type=jnp.float32)
+  precision = layers.precision(q.dtype)
+  return jnp.dot(
+    q, k.T, precision=precision, preferred_element_type=jnp.float32
+  )
 
 
 def _masked(scores, count):
@@ -186,5 +195,10 @@ def _attend(scores, v):
   top = jnp.max(scores, axis=-1, keepdims=True)
   scores = jnp.exp(scores - top)
   total = jnp.sum(scores, axis=-1, keepdims=True)
-  out = jnp.dot(scores.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  out = jnp.dot(
+    scores.astype(v.dtype),
+    v,
+    precision=layers.precision(v.dtype),
+    preferred_element_type=jnp.float32,
+  )
   return (out / total).astype(v.dtype), (top + jnp.log(total))[:, 0]

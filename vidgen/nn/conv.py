@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vidgen import sharding
+from vidgen.nn import layers
 
 Frames = tuple[Array, ...]
 Bilinear = Callable[[Array, Frames], Array]
@@ -30,6 +31,7 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: tuple) -> Array:
     (stride,) * len(axes),
     padding,
     dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+    precision=layers.precision(x.dtype),
   )
 
 
@@ -221,7 +223,7 @@ class PointwiseConv3D(_Conv):
   @nn.compact
   def __call__(self, x: Float[Array, "b f h w i"]) -> Float[Array, "b f h w o"]:
     kernel, bias = self.weights(1, 1, 1, x.shape[-1])
-    return x.astype(self.dtype) @ kernel[0, 0, 0] + bias
+    return layers.matmul(x.astype(self.dtype), kernel[0, 0, 0]) + bias
 
 
 class DownsampleConv2D(_Conv):

@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vidgen.nn import layers
 from vidgen.nn.norm import GroupNorm
 
 _SLOPE = 0.2
@@ -38,6 +39,7 @@ def _conv3d(x: Array, kernel: Array, stride: tuple[int, int]) -> Array:
     (stride[1], stride[1]),
     (pad, pad),
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    precision=layers.precision(x.dtype),
   )
   return y.reshape(*x.shape[:2], *y.shape[1:])
 

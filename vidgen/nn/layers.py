@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import ad_checkpoint
+from jax import ad_checkpoint, lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -42,7 +42,22 @@ def low_rank(
     return None
   down, up = (module.get_variable(LORA, name) for name in ("down", "up"))
   down, up = widen(down, 0), widen(up, 1)
-  return x.astype(dtype) @ down.astype(dtype) @ up.astype(dtype)
+  x = matmul(x.astype(dtype), down.astype(dtype))
+  return matmul(x, up.astype(dtype))
+
+
+def matmul(x: Float[Array, "*n i"], y: Float[Array, "i o"]) -> Array:
+  """x @ y, in float32 exactly so.
+
+  By default TPUs round the factors to bfloat16, and GPUs to TF32.
+  """
+  return jnp.matmul(x, y, precision=precision(x.dtype))
+
+
+def precision(dtype: DTypeLike) -> lax.Precision | None:
+  """Returns what a product of this dtype is computed in: itself."""
+  is_float32 = jnp.dtype(dtype) == jnp.float32
+  return lax.Precision.HIGHEST if is_float32 else None
 
 
 class Dense(nn.Module):
@@ -82,7 +97,7 @@ class Dense(nn.Module):
     kernel_init = boxed(self.kernel_init, self.axes)
     kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
     kernel = sharding.gathered(kernel.astype(self.dtype), *self.axes)
-    y = x.astype(self.dtype) @ self._widen(self._widen(kernel, 0), 1)
+    y = matmul(x.astype(self.dtype), self._widen(self._widen(kernel, 0), 1))
     if self.use_bias:
       bias_init = boxed(self.bias_init, self.axes[1:])
       bias = self.param("bias", bias_init, shape[1:], self.param_dtype)

@@ -303,7 +303,7 @@ class PatchEmbed(nn.Module):
     bias = self.param("bias", zeros, (self.features,), self.param_dtype)
     kernel = gathered(kernel.astype(self.dtype), *names)
     kernel = kernel.reshape(-1, self.features)
-    y = x @ kernel + bias.astype(self.dtype)
+    y = layers.matmul(x, kernel) + bias.astype(self.dtype)
     update = layers.low_rank(self, x, self.dtype)
     return y if update is None else y + update
 
