@@ -261,6 +261,22 @@ def test_not_a_number_is_an_error(loaded):
     bad.sample(PROMPT, num_steps=1)
 
 
+def test_frames_that_overflow_are_an_error(folder):
+  """Bytes would be black, and nobody would know."""
+  loaded = vidgen.load(folder, dtype="float16")
+  broken = jax.tree.map(lambda leaf: leaf * np.inf, loaded.params["vae"])
+  params = dict(loaded.params, vae=broken)
+  bad = pipeline.Pipeline(loaded.model, params, loaded.mesh)
+  latents = np.zeros((1, 1, 8, 12, loaded.model.latent_channels), np.float32)
+  for tiling in (False, True):
+    with pytest.raises(errors.InputError, match="NaN"):
+      bad.decode(latents, tiling=tiling)
+  frames = loaded.decode(latents)
+  assert frames.dtype == np.uint8
+  floats = loaded.decode(latents, output="float")
+  np.testing.assert_array_equal(frames, np.round(255 * floats))
+
+
 def test_encode_is_the_scaled_mean(loaded, folder):
   video = np.random.default_rng(0).uniform(-1, 1, (1, 9, 64, 96, 3))
   latents = loaded.encode(video)

@@ -97,6 +97,14 @@ def check_text(takes_text: bool, prompt: Any) -> None:
     )
 
 
+def check_negative(plan: Plan, negative_prompt: str | None) -> None:
+  """Raises InputError for a negative prompt that nothing would read."""
+  if plan.guidance is None and negative_prompt:
+    raise errors.InputError(
+      "negative_prompt: has no effect at a guidance_scale of at most 1."
+    )
+
+
 def prompts(
   prompt: str | Sequence[str] | Any, negative_prompt: Any
 ) -> tuple[list[str], list[str]]:

@@ -190,10 +190,8 @@ class Pipeline:
         sizes, guidance_scale, sampler, strength, image, options, tiling
       )
     )
-    if plan.guidance is None and any(negatives):
-      raise errors.InputError(
-        "negative_prompt: has no effect at a guidance_scale of at most 1."
-      )
+    for negative in negatives:
+      arguments.check_negative(plan, negative)
     images = (
       None
       if image is None
@@ -416,14 +414,7 @@ class Pipeline:
         jax.block_until_ready(state.x)
         progress.step(i + stride, steps)
     finite = jnp.isfinite(state.x).all(axis=(1, 2, 3, 4))
-    finite = placement.to_host(finite)
-    if not finite.all():
-      bad = np.flatnonzero(~finite).tolist()
-      raise errors.InputError(
-        f"clips {bad} of the batch came out as NaN or infinity; the usual "
-        "cause is dtype=float16 with weights trained in bfloat16: use "
-        "dtype=bfloat16 or float32."
-      )
+    _check_finite(placement.to_host(finite))
     return state.x[:, plan.padding :]
 
   def steps(self, plan: base.Plan) -> tuple[samplers.Table, dict[str, bool]]:
@@ -439,8 +430,12 @@ class Pipeline:
     return {} if decode_chunk is None else {"decode_chunk": decode_chunk}
 
   def post(self, output: str) -> Callable[[Array], Array]:
-    """Returns what makes an output of frames in [-1, 1]."""
-    return _POSTS[output]
+    """Returns what makes an output of frames in [-1, 1].
+
+    Floats where frames may overflow: bytes could not tell of it.
+    """
+    narrow = jnp.dtype(self.model.dtype) == jnp.float16
+    return to_float if narrow else _POSTS[output]
 
   def _denoise(
     self,
@@ -476,7 +471,7 @@ class Pipeline:
     chunks = self.chunks(chunk)
     with progress.stage("decode"), self._resident("vae") as params:
       if memory["tiling"]:
-        post = _POSTS[output]
+        post = self.post(output)
         frames = self.model.decode(params, latents, post, **memory, **chunks)
       else:
         frames = self.ready.call(
@@ -488,7 +483,24 @@ class Pipeline:
           slicing=memory["slicing"],
           **chunks,
         )
-      return placement.to_host(frames)
+      frames = placement.to_host(frames)
+    if frames.dtype == np.uint8:
+      return frames
+    _check_finite(np.isfinite(frames).all(axis=(1, 2, 3, 4)))
+    if output == "uint8":
+      return np.round(frames * 255).astype(np.uint8)
+    return frames
+
+
+def _check_finite(finite: np.ndarray) -> None:
+  """Raises InputError unless all clips of a batch are finite."""
+  if not finite.all():
+    bad = np.flatnonzero(~finite).tolist()
+    raise errors.InputError(
+      f"clips {bad} of the batch came out as NaN or infinity; the usual cause "
+      "is dtype=float16 with weights trained in bfloat16: use dtype=bfloat16 "
+      "or float32."
+    )
 
 
 class _Silent:

@@ -1,5 +1,6 @@
 """The batch sampling job: prompts in, files of videos out."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -103,6 +104,7 @@ def run(
     StorageError: A folder that cannot be written, or a full disk.
   """
   planned = plan(config)
+  was_there = pathlib.Path(config.out).exists()
   out = _make_folder(config.out)
   progress = progress_lib.Progress() if progress is None else progress
   files = []
@@ -116,9 +118,10 @@ def run(
         progress.clip(done, len(planned))
         files += _make(pipeline, clip, config, out, progress)
   finally:
-    # A job that made nothing leaves no empty folder behind.
-    if not any(out.iterdir()):
-      out.rmdir()
+    # A job that made nothing leaves no empty folder of its own behind.
+    if not was_there:
+      with contextlib.suppress(OSError):
+        out.rmdir()
   peak_bytes, peak_of = progress_lib.peak_memory()
   return progress_lib.Summary(
     out=config.out,
@@ -332,7 +335,7 @@ def _check_clip(
     "guidance_scale",
     "sampler",
   ]
-  return model.plan(
+  planned = model.plan(
     base.Request(
       **{name: getattr(clip, name) for name in names},
       image=clip.image is not None,
@@ -340,6 +343,8 @@ def _check_clip(
       options=_options(model, config),
     )
   )
+  arguments.check_negative(planned, clip.negative_prompt)
+  return planned
 
 
 def _options(model: Any, config: SampleConfig) -> dict[str, Any]:
