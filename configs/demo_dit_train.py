@@ -41,6 +41,8 @@ def get_config() -> train.TrainConfig:
   words = tuple(moving_shapes.words())
   rate = optimizers.Rate
   hot = rate(1.5e-3, schedule="constant")
+  down = rate(1.5e-3, schedule="linear", final=0.02)
+  even = {"timesteps": ((0, 1000, 1.0),)}
   return train.TrainConfig(
     task=diffusion.DiffusionTaskConfig(
       source=sources.Source(
@@ -71,12 +73,15 @@ def get_config() -> train.TrainConfig:
       train.Stage(1500, _data(background="black", things=1), hot),
       train.Stage(1800, _data(things=1), hot),
       train.Stage(1700, _data(), hot),
+      train.Stage(3500, _data(), down, options=even),
+      # A second round of the last stage.
       train.Stage(
         3500,
         _data(),
-        rate(1.5e-3, schedule="linear", final=0.02),
-        options={"timesteps": ((0, 1000, 1.0),)},
+        rate(1.5e-3, warmup_steps=200, schedule="constant"),
+        options=even,
       ),
+      train.Stage(3000, _data(), down, options=even),
     ),
     optimizers={
       name: optimizers.OptimizerConfig(

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import types
 
 import jax
 import numpy as np
@@ -336,6 +337,27 @@ def test_what_the_model_refuses_is_told_before_the_first_video(
   with pytest.raises(errors.InputError, match=r"a.csv:3: num_frames: 999"):
     sample.run(config(tmp_path, prompts=os.fspath(path)))
   assert not pipeline.calls
+
+
+def test_a_negative_prompt_that_nothing_reads_is_told_first(
+  tmp_path, pipeline, monkeypatch
+):
+  plan = lambda request: types.SimpleNamespace(
+    guidance=request.guidance_scale, fps=8, decode_chunk=None
+  )
+  monkeypatch.setattr(pipeline, "plan", plan)
+  path = tmp_path / "a.csv"
+  path.write_text("prompt,guidance_scale\na,6\nb,\n")
+  job = config(tmp_path, prompts=os.fspath(path), negative_prompt="blurry")
+  with pytest.raises(errors.InputError, match=r"a.csv:3: negative_prompt"):
+    sample.run(job)
+  assert not pipeline.calls
+  assert not (tmp_path / "out").exists()
+  # A folder of the user's own stays, whatever fails in it.
+  (tmp_path / "out").mkdir()
+  with pytest.raises(errors.InputError, match="negative_prompt"):
+    sample.run(job)
+  assert (tmp_path / "out").exists()
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, pipeline, monkeypatch):

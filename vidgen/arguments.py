@@ -97,9 +97,9 @@ def check_text(takes_text: bool, prompt: Any) -> None:
     )
 
 
-def check_negative(plan: Plan, negative_prompt: str | None) -> None:
+def check_negative(is_guided: bool, negative_prompt: str | None) -> None:
   """Raises InputError for a negative prompt that nothing would read."""
-  if plan.guidance is None and negative_prompt:
+  if negative_prompt and not is_guided:
     raise errors.InputError(
       "negative_prompt: has no effect at a guidance_scale of at most 1."
     )

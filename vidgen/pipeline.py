@@ -191,7 +191,7 @@ class Pipeline:
       )
     )
     for negative in negatives:
-      arguments.check_negative(plan, negative)
+      arguments.check_negative(plan.guidance is not None, negative)
     images = (
       None
       if image is None

@@ -343,7 +343,8 @@ def _check_clip(
       options=_options(model, config),
     )
   )
-  arguments.check_negative(planned, clip.negative_prompt)
+  is_guided = planned is None or planned.guidance is not None
+  arguments.check_negative(is_guided, clip.negative_prompt)
   return planned
 
 
