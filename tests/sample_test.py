@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import os
-import types
 
 import jax
 import numpy as np
@@ -12,7 +11,16 @@ import PIL.Image
 import pytest
 
 import vidgen
-from vidgen import clips, errors, progress, prompts, sample, video
+from vidgen import (
+  clips,
+  diffusion,
+  errors,
+  progress,
+  prompts,
+  sample,
+  video,
+)
+from vidgen.models import base
 
 
 class FakePipeline:
@@ -342,8 +350,17 @@ def test_what_the_model_refuses_is_told_before_the_first_video(
 def test_a_negative_prompt_that_nothing_reads_is_told_first(
   tmp_path, pipeline, monkeypatch
 ):
-  plan = lambda request: types.SimpleNamespace(
-    guidance=request.guidance_scale, fps=8, decode_chunk=None
+  plan = lambda request: base.Plan(
+    num_frames=5,
+    height=32,
+    width=32,
+    latents=(2, 4, 4, 16),
+    padding=0,
+    schedule=diffusion.karras(0.1, 1.0, 2),
+    sampler="ddim",
+    guidance=request.guidance_scale and np.full(2, request.guidance_scale),
+    options={},
+    fps=8,
   )
   monkeypatch.setattr(pipeline, "plan", plan)
   path = tmp_path / "a.csv"
