@@ -201,6 +201,7 @@ def test_the_unconditional_branch_has_no_image():
   assert got["numbers"].all()
 
 
+@pytest.mark.slow
 def test_a_job_of_a_folder_of_images(folder, tmp_path, capsys):
   """A clip each, by name; files play at the rate that was asked for."""
   images = tmp_path / "images"
@@ -241,6 +242,7 @@ def test_a_job_of_a_folder_of_images(folder, tmp_path, capsys):
   assert "makes a video from a text" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_programs_are_compiled_while_weights_load(folder):
   """What is compiled ahead is what sampling then calls, chunks of it too."""
   given = {**SIZE, "num_frames": 2}
@@ -263,6 +265,7 @@ def components(folder):
   }
 
 
+@pytest.mark.slow
 def test_float16_files_and_the_way_back(folder, tmp_path):
   """Variants are read where nothing else is; what we write diffusers reads."""
   theirs = tiny_svd.write(tmp_path, dtype=torch.float16)
@@ -297,6 +300,7 @@ def test_a_mesh_is_chosen_for_the_model(loaded):
   assert layouts.auto(8, need).sizes == {"cfg": 2, "ring": 2, "context": 2}
 
 
+@pytest.mark.slow
 def test_operations_are_those_that_xla_counts():
   config = unet.UnetConfig(
     block_out_channels=(64, 128, 128),

@@ -78,6 +78,7 @@ def run(params, *, images=False, **kwargs):
   return applied(images)({"params": params}, **{**inputs(), **kwargs})
 
 
+@pytest.mark.slow
 def test_a_new_video_model_is_its_image_model(initial):
   """Whatever the layers over frames are, and however they are blended."""
   params = randomized(initial, lambda p: is_temporal(p) and "/blend/" not in p)
@@ -123,6 +124,7 @@ def test_one_token_is_what_many_alike_are():
   np.testing.assert_allclose(short[:, 0], want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_contexts_of_space_and_of_time_are_apart(params):
   both = run(params, time_context=inputs()["context"])
   np.testing.assert_array_equal(both, run(params))

@@ -108,6 +108,7 @@ def test_an_image(case, pipelines, monkeypatch):
   assert compare.error(got[:, 0], got[:, -1]) > 0.01
 
 
+@pytest.mark.slow
 def test_two_images_become_two_clips(pipelines, monkeypatch):
   """Clips 4 and 9 of the seed; each has its image's embedding and latents."""
   images = [image(1), image(2)]
@@ -117,7 +118,9 @@ def test_two_images_become_two_clips(pipelines, monkeypatch):
   assert compare.error(got[0], got[1]) > 0.1
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize(
+  "chunk", [pytest.param(None, marks=pytest.mark.slow), 2]
+)
 def test_frames(chunk, pipelines, monkeypatch):
   draws = Draws([4], monkeypatch)
   got, want = run(

@@ -101,6 +101,7 @@ def pair():
   return Pair(tiny_svd.unet())
 
 
+@pytest.mark.slow
 def test_two_layers_in_each_block():
   """As published; the other tests have one, which compiles sooner."""
   pair = Pair(tiny_svd.unet(layers_per_block=2))
@@ -129,6 +130,7 @@ def test_one_frame(pair):
   check("one frame", pair.got(inputs), pair.want(inputs))
 
 
+@pytest.mark.slow
 def test_epsilons(pair):
   """Activations so small that 1e-6 and 1e-5 differ in each of the norms.
 
@@ -146,6 +148,7 @@ def test_epsilons(pair):
   assert compare.error(small.got(inputs), want) > 1e-3
 
 
+@pytest.mark.slow
 def test_frames_that_are_images(pair):
   """Single frames in a video, and a row of nothing but images."""
   inputs = pair.inputs(2, 3, (8, 12), 2)
@@ -173,6 +176,7 @@ def test_frames_that_are_images(pair):
   assert compare.error(pair.got(inputs), want) > 0.01
 
 
+@pytest.mark.slow
 def test_bfloat16_loses_no_more_than_upstream(pair):
   inputs = pair.inputs(1, 3, (8, 12), 1)
   exact = pair.want(inputs)
@@ -186,6 +190,7 @@ def test_bfloat16_loses_no_more_than_upstream(pair):
   assert compare.error(got, exact) <= 1.05 * compare.error(theirs, exact)
 
 
+@pytest.mark.slow
 def test_image_model():
   """Without layers over time it is Stable Diffusion 2's, with sgm's epsilon."""
   module = diffusers.UNet2DConditionModel(
@@ -240,6 +245,7 @@ def test_full_size():
   assert matched.keys() == sizes.keys()
 
 
+@pytest.mark.slow
 def test_traces_at_full_size():
   config = unet.UnetConfig()
   struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
