@@ -52,6 +52,7 @@ def load(
     raise errors.InputError(
       f"residency: {residency!r} is not one of {', '.join(RESIDENCIES)}."
     )
+  loras = _loras(lora)
   sizes = layouts.named(mesh)
   if sizes is not None:
     # A mistake in it is told before a checkpoint is fetched.
@@ -80,7 +81,7 @@ def load(
       params[component.name] = checkpoint.load_component(
         folder, component, shardings=where, dtype=dtype
       )
-    for path, weight in _loras(lora).items():
+    for path, weight in loras.items():
       scale = lora_scale * weight
       params = _merge_lora(params, model.components, path, scale)
   pipeline.replace(params)

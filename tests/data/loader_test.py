@@ -395,3 +395,16 @@ def test_speed(shapes_dir):
   print(f"{300 / seconds:.0f} clips/s on one core")
   assert 300 / seconds > 100  # 400 on a free machine.
   assert pathlib.Path(shapes_dir).exists()
+
+
+def test_rates_and_labels_are_of_the_clips(shapes_dir):
+  config = make_config(shapes_dir, (Bucket(5, 64, 64, 8),), fps=2.0)
+  (batch,) = run(config, stop=1)
+  # The clips have 8 frames a second.
+  np.testing.assert_array_equal(batch.fps, [2.0] * 8)
+  index = records.Split("moving_shapes", shapes_dir, "train").index
+  for id_, labels in zip(batch.ids, batch.labels, strict=True):
+    assert labels == index.labels[index.ids.index(id_)]
+  blank = loader.blank(config.buckets[0])
+  assert blank.video.shape == (1, 5, 64, 64, 3)
+  assert blank.labels[0]["elevation"] == 0

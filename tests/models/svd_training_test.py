@@ -174,6 +174,7 @@ def conditions(kind, b=2, frames=3, **fields):
   return {name: np.asarray(x) for name, x in spy.seen.items()}
 
 
+@pytest.mark.slow
 def test_ways_to_leave_the_image_out():
   seen = conditions("image", b=400, frames=1, image_dropouts=(0.2, 0.1, 0.3))
   zero = lambda x: (x == 0).all(axis=tuple(range(1, x.ndim)))
@@ -264,6 +265,7 @@ def test_how_much_moves():
   assert (facts.motion(video[:, :1]) == 0).all()
 
 
+@pytest.mark.slow
 def test_a_step_moves_what_it_should():
   task, params = build("interpolation")
   _, arrays = batch_of(task)
