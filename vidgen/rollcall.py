@@ -72,6 +72,7 @@ class RollCall:
     self._members: dict[int, Member] = {}
     self._strangers: dict[hosts.Link, float] = {}
     self._began = self._ended = False
+    self._last_word: dict[str, Any] | None = None
     self._doubtful: _Doubt | None = None
     self._deadline = time.monotonic() + place.join_timeout
     self._selector = selectors.DefaultSelector()
@@ -111,7 +112,7 @@ class RollCall:
       return True
     open_ = any(m.link.fileno() >= 0 for m in self._members.values())
     if self._ended:
-      return not open_
+      return not open_ and 0 in self._members
     full = len(self._members) == self._place.processes
     return full and not open_
 
@@ -161,6 +162,17 @@ class RollCall:
       )
     else:
       self._members[process] = Member(link, host, time.monotonic())
+      if self._last_word is not None:
+        link.send(**self._last_word)
+        self._hang_up_if_heard()
+
+  def _hang_up_if_heard(self) -> None:
+    """Takes no more calls, once this host's own supervisor has come.
+
+    Another may have come, and ended the run, before it.
+    """
+    if 0 in self._members:
+      self._hang_up()
 
   def _hang_up(self) -> None:
     """Takes no more calls: those of the next start are not for this one."""
@@ -256,11 +268,12 @@ class RollCall:
     if self._ended:
       return
     self._ended = True
-    self._hang_up()
+    self._last_word = {"stop": code, "text": text, "grace": grace}
     self._deadline = time.monotonic() + grace + 30
     for process, member in self._members.items():
       if process != but:
-        member.link.send(stop=code, text=text, grace=grace)
+        member.link.send(**self._last_word)
+    self._hang_up_if_heard()
 
   def _close(self, link: hosts.Link) -> None:
     """Forgets a connection; that of a process at work is its loss."""

@@ -31,8 +31,8 @@ _NOISE = re.compile(
 _FATAL = b"distributed service detected fatal errors"
 _SILENT = re.compile(rb"stopped sending heartbeats\):\s+(\d+)")
 
-# Seconds: to answer at the end, and to be done after the last word. An end
-# before process 0 is there is worth the second of them.
+# Seconds: to answer at the end, and to come where this one ended before process
+# 0 was there; to be done after the last word.
 _ANSWER, _LAST = 30.0, 10.0
 
 
@@ -298,7 +298,7 @@ class Supervisor:
     until = begin + _ANSWER
     with contextlib.suppress(KeyError, ValueError):
       self._selector.unregister(self._wire)
-    while self._link is None and time.monotonic() < begin + _LAST:
+    while self._link is None and time.monotonic() < until:
       # Process 0 may start later than this one ended, and would wait for it.
       if len(self._signals.noted) > 1:
         return
