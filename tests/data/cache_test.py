@@ -245,6 +245,18 @@ def test_other_encoders():
       cache.check_encoders(same, here)
 
 
+@pytest.mark.parametrize("image", [False, True])
+def test_what_else_encoders_keep(image):
+  """A cache without motion is not for a model that is told it, text or not."""
+  same = dataclasses.replace(ENCODERS, folder="there", image=image)
+  told = dataclasses.replace(ENCODERS, image=image, kept="motion")
+  with pytest.raises(errors.InputError, match="reads other images, or no mo"):
+    cache.check_encoders(same, told)
+  cache.check_encoders(dataclasses.replace(same, kept="motion"), told)
+  plain = dataclasses.replace(ENCODERS, kept="")
+  cache.check_encoders(dataclasses.replace(same, kept="motion"), plain)
+
+
 @pytest.fixture
 def broken(folder, tmp_path):
   shutil.copytree(folder, tmp_path / "broken")

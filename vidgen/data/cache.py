@@ -202,7 +202,7 @@ def check_encoders(there: Encoders, here: Encoders) -> None:
     names.append("model (text_encoder or tokenizer)")
   if here.image and not there.image:
     names.append("model (one without images)")
-  elif here.image and here.kept != there.kept:
+  elif here.kept != there.kept and (here.image or here.kept):
     names.append("model (one that reads other images, or no motion)")
   if there.dtype != here.dtype:
     names.append(f"dtype ({there.dtype} there, {here.dtype} here)")
