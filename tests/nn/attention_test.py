@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import ad_checkpoint
 from jax.extend import core
 
 from vidgen import sharding
@@ -170,3 +171,19 @@ def test_what_cannot_run_is_an_error(name, reason):
   q = jnp.zeros((1, 2, 1, 4))
   with pytest.raises(ValueError, match=reason):
     attention.attention(q, q, q, implementation=name)
+
+
+def test_what_is_kept_for_the_backward_pass():
+  """Also of cuDNN's kernel, by the name that JAX gives its primitive."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  assert attention.saved(cudnn._dot_product_attention_fwd_p_wrapper)
+  assert not attention.saved(cudnn._dot_product_attention_bwd_p_wrapper)
+  named = lambda name: jax.make_jaxpr(
+    lambda x: ad_checkpoint.checkpoint_name(x, name)
+  )(1.0).eqns[0]
+  for name in ("attention", "dense"):
+    eqn = named(name)
+    assert attention.saved(eqn.primitive, 0, **eqn.params) == (
+      name == "attention"
+    )

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,17 @@ IMPLEMENTATIONS: dict[str, str | None] = {
   "flash": "tpu",
 }
 
-# What a checkpoint policy names to keep attention for the backward pass.
-SAVED = context_parallel.SAVED
+_named = jax.checkpoint_policies.save_only_these_names(context_parallel.SAVED)
+
+
+def saved(primitive: Any, *avals: Any, **params: Any) -> bool:
+  """The checkpoint policy that keeps attention for the backward pass.
+
+  What JAX makes of cuDNN's kernel has no name but that of its primitive.
+  """
+  if primitive.name.startswith("dot_product_attention_fwd"):
+    return True
+  return _named(primitive, *avals, **params)
 
 
 def unavailable(implementation: str | None, platform: str) -> str | None:

@@ -32,7 +32,7 @@ _policies = jax.checkpoint_policies
 REMATS: dict[str, Callable | None] = {
   "none": None,
   "full": _policies.nothing_saveable,
-  "attention": _policies.save_only_these_names(attention.SAVED),
+  "attention": attention.saved,
   "dots": _policies.save_only_these_names(layers.SAVED),
 }
 
