@@ -16,6 +16,7 @@ from tests.parity import compare, transformer_test
 from vidgen import diffusion, errors, samplers, sharding, weights
 from vidgen.models import base, cogvideox
 from vidgen.models.cogvideox import transformer, vae
+from vidgen.nn import posterior
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +274,7 @@ def test_image_condition(words, monkeypatch):
   def encode(params, config, image, **options):
     del params, config, options
     mean = jnp.tile(image[:, :, ::8, ::8], (1, 1, 1, 1, 2))
-    return vae.Posterior(mean, 0.1 * mean)
+    return posterior.Posterior(mean, 0.1 * mean)
 
   monkeypatch.setattr(vae, "encode", encode)
   params = {"vae": {}}

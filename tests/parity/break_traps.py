@@ -80,8 +80,8 @@ TRAPS = [
   Trap(
     "the image's mean in place of a posterior sample",
     MODEL,
-    "return vae.sample(posterior, noise)",
-    "return posterior.mean",
+    "return posterior.sample(found, noise)",
+    "return found.mean",
     f"{PIPELINE}::test_image_to_video[5b-i2v-DDIM]",
   ),
   Trap(
@@ -129,8 +129,8 @@ TRAPS = [
   Trap(
     "the text rotated too",
     DIT,
-    "jnp.concatenate([still(0.0), sin])",
-    "jnp.concatenate([still(0.5), sin])",
+    "around(sin, 0.0)",
+    "around(sin, 0.5)",
     f"{NETWORK}::test_transformer[2-5b]",
   ),
   Trap(
@@ -229,8 +229,8 @@ TRAPS = [
   Trap(
     "zeros in place of the empty prompt's embedding",
     "vidgen/pipeline.py",
-    "**_stack([find(t) for t in negatives])",
-    "**jax.tree.map(jnp.zeros_like, _stack([find(t) for t in negatives]))",
+    "negative = _stack([find(t) for t in negatives])",
+    "negative = jax.tree.map(jnp.zeros_like, _stack([*map(find, negatives)]))",
     f"{PIPELINE}::test_two_prompts_at_once",
   ),
   Trap(
@@ -263,10 +263,10 @@ TRAPS = [
   ),
   Trap(
     "the posterior's log variance not clipped",
-    "vidgen/models/cogvideox/vae.py",
+    "vidgen/nn/posterior.py",
     "jnp.clip(logvar, -30.0, 20.0)",
     "logvar",
-    f"{VAE}::test_encode[1]",
+    f"{VAE}::test_posterior",
   ),
   Trap(
     "a first frame of its own in every first chunk, even ones too",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from vidgen.data import moving_shapes
 from vidgen.metrics import lpips, pixels
 from vidgen.models.cogvideox import autoencoder as cogvideox
 from vidgen.models.cogvideox import vae, vae_weights
+from vidgen.nn import posterior
 from vidgen.tasks import autoencoder, noising
 
 # Compiles in half the time; the arithmetic is the same.
@@ -29,11 +29,6 @@ _PLAIN = dict(lpips=0.0, kl=0.0)
 _CRITIC = dict(
   adversarial=0.5, discriminator_features=4, discriminator_layers=1
 )
-
-
-class _Posterior(NamedTuple):
-  mean: jax.Array
-  logvar: jax.Array
 
 
 @dataclasses.dataclass
@@ -50,7 +45,7 @@ class _Linear:
 
   def encode(self, params, video):
     mean = video @ params["in"]
-    return _Posterior(mean, jnp.full_like(mean, self.logvar))
+    return posterior.Posterior(mean, jnp.full_like(mean, self.logvar))
 
   def decode(self, params, latents):
     return latents @ params["out"]
@@ -106,7 +101,7 @@ def _close(got, want, rtol):
 
 def test_kl_by_hand():
   shape = (2, 3, 4, 4, 5)
-  normal = lambda mean, var: _Posterior(
+  normal = lambda mean, var: posterior.Posterior(
     jnp.full(shape, mean), jnp.full(shape, np.log(var))
   )
   assert autoencoder.kl(normal(0.0, 1.0)) == 0
@@ -119,8 +114,8 @@ def test_kl_is_the_families():
   keys = jax.random.split(_KEY)
   shape = (2, 3, 4, 4, 5)
   mean, logvar = (jax.random.normal(key, shape) for key in keys)
-  want = vae.kl(vae.Posterior(mean, logvar)).mean() / mean[0].size
-  got = autoencoder.kl(_Posterior(mean, logvar))
+  want = posterior.kl(posterior.Posterior(mean, logvar)).mean() / mean[0].size
+  got = autoencoder.kl(posterior.Posterior(mean, logvar))
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from vidgen import errors, samplers, sharding
 from vidgen.metrics import lpips, pixels
 from vidgen.nn import discriminator
+from vidgen.nn import posterior as posterior_lib
 from vidgen.tasks import noising
 
 # One key a purpose: `fold_in(fold_in(key of the step, sample), purpose)`.
@@ -95,14 +96,6 @@ def check(config: AutoencoderLossConfig) -> None:
 
 
 @runtime_checkable
-class Posterior(Protocol):
-  """A normal distribution over latents, a NamedTuple of the two."""
-
-  mean: Float[Array, "b f h w c"]
-  logvar: Float[Array, "b f h w c"]
-
-
-@runtime_checkable
 class Autoencoder(Protocol):
   """What the task knows of a family's autoencoder.
 
@@ -115,7 +108,7 @@ class Autoencoder(Protocol):
   def init(self, key: Key[Array, ""]) -> PyTree:
     """Returns random parameters, float32, boxed with logical axes."""
 
-  def encode(self, params: PyTree, video: Array) -> Posterior:
+  def encode(self, params: PyTree, video: Array) -> posterior_lib.Posterior:
     """Returns the posterior of a video `b F H W 3` in [-1, 1]."""
 
   def decode(self, params: PyTree, latents: Array) -> Array:
@@ -149,10 +142,9 @@ def latent_noise(
   return most * level.reshape(-1, *[1] * len(shape)) * eps
 
 
-def kl(posterior: Posterior) -> Float[Array, ""]:
+def kl(posterior: posterior_lib.Posterior) -> Float[Array, ""]:
   """Divergence from the standard normal in nats per element."""
-  mean, logvar = posterior.mean, posterior.logvar
-  return jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar) / 2
+  return jnp.mean(posterior_lib.kl(posterior)) / posterior.mean[0].size
 
 
 def pixel_losses(
@@ -391,7 +383,7 @@ class AutoencoderTask:
     if self.config.freeze_encoder:
       posterior = jax.lax.stop_gradient(posterior)
     eps = noise(key, index, posterior.mean.shape[1:])
-    latents = posterior.mean + jnp.exp(posterior.logvar / 2) * eps
+    latents = posterior_lib.sample(posterior, eps)
     if self.config.latent_noise:
       latents += latent_noise(
         key, index, eps.shape[1:], self.config.latent_noise

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from vidgen import errors
 from vidgen.models.cogvideox import vae
+from vidgen.nn import posterior
 
 _PAST_TAPS = ("random", "zeros")
 
@@ -53,7 +54,7 @@ class Autoencoder:
 
   def encode(
     self, params: PyTree, video: Float[Array, "b F H W 3"]
-  ) -> vae.Posterior:
+  ) -> posterior.Posterior:
     """Returns the posterior of a video in [-1, 1]."""
     return vae.encode(
       params, self.config, video, dtype=self.dtype, remat=self.remat

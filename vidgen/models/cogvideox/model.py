@@ -23,7 +23,7 @@ from vidgen.models.cogvideox import (
   vae_weights,
 )
 from vidgen.models.cogvideox.config import Config, published_configs
-from vidgen.nn import layers
+from vidgen.nn import layers, posterior
 
 
 def components(config: Config) -> tuple[base.Component, ...]:
@@ -229,7 +229,7 @@ class CogVideoX:
 
   def _posterior(self, params, video, key, tiling=False, slicing=False):
     """The posterior's mean, or a sample where there are keys; not scaled."""
-    posterior = vae.encode(
+    found = vae.encode(
       params,
       self.config.vae,
       video,
@@ -238,9 +238,9 @@ class CogVideoX:
       slicing=slicing,
     )
     if key is None:
-      return posterior.mean
-    noise = samplers.normal(key, posterior.mean.shape[1:])
-    return vae.sample(posterior, noise)
+      return found.mean
+    noise = samplers.normal(key, found.mean.shape[1:])
+    return posterior.sample(found, noise)
 
   def _tiles(self) -> chunks.Tiling:
     config = self.config.vae

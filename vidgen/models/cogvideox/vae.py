@@ -8,7 +8,7 @@ norms see one chunk at a time.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from vidgen import errors, sharding
 from vidgen.models.cogvideox import chunks
+from vidgen.nn import posterior
 from vidgen.nn.conv import (
   CausalConv3D,
   DownsampleConv2D,
@@ -339,27 +340,6 @@ def shapes(config: VaeConfig, param_dtype: DTypeLike = jnp.float32) -> PyTree:
   return jax.eval_shape(run, jax.random.key(0))
 
 
-class Posterior(NamedTuple):
-  """A normal distribution over latents; `logvar` is within [-30, 20]."""
-
-  mean: Float[Array, "b f h w c"]
-  logvar: Float[Array, "b f h w c"]
-
-
-def sample(
-  posterior: Posterior, noise: Float[Array, "b f h w c"]
-) -> Float[Array, "b f h w c"]:
-  """Returns the latents that standard normal `noise` stands for."""
-  return posterior.mean + jnp.exp(posterior.logvar / 2) * noise
-
-
-def kl(posterior: Posterior) -> Float[Array, " b"]:
-  """Divergence from the standard normal, in nats per video."""
-  mean, logvar = posterior
-  terms = jnp.square(mean) + jnp.exp(logvar) - 1 - logvar
-  return terms.sum(axis=(1, 2, 3, 4)) / 2
-
-
 def encode(
   params: PyTree,
   config: VaeConfig,
@@ -369,7 +349,7 @@ def encode(
   tiling: chunks.Tiling | None = None,
   slicing: bool = False,
   remat: bool = False,
-) -> Posterior:
+) -> posterior.Posterior:
   """Encodes a video in [-1, 1]; the latents are not scaled yet.
 
   Args:
@@ -398,8 +378,7 @@ def encode(
     moments = run(video)
   else:
     moments = chunks.over_tiles(run, video, tiling.encode_axes(ratio))
-  mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-  return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+  return posterior.of_moments(moments)
 
 
 def decode(

@@ -7,7 +7,6 @@ the two give.
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -55,18 +54,12 @@ class Conv2D(_Conv):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b f h w i"]) -> Float[Array, "b f y x o"]:
-    size, pad = self.kernel_size, self.kernel_size // 2
+    size = self.kernel_size
     kernel, bias = self.weights(size, size, x.shape[-1])
     x = conv.constrain(x.astype(self.dtype))
     if size == 1:
-      return conv.constrain(x @ kernel[0, 0] + bias)
-    y = lax.conv_general_dilated(
-      x.reshape(-1, *x.shape[2:]),
-      kernel,
-      (self.stride, self.stride),
-      ((pad, pad), (pad, pad)),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+      return conv.constrain(layers.matmul(x, kernel[0, 0]) + bias)
+    y = conv.convolve(x.reshape(-1, *x.shape[2:]), kernel, self.stride)
     return conv.constrain(y.reshape(*x.shape[:2], *y.shape[1:]) + bias)
 
 
@@ -84,22 +77,10 @@ def _over_time(
   x: Float[Array, "b f h w i"], kernel: Float[Array, "3 1 1 i o"]
 ) -> Float[Array, "b f h w o"]:
   if sharding.platform() != "cpu":
-    return lax.conv_general_dilated(
-      x,
-      kernel,
-      (1, 1, 1),
-      ((1, 1), (0, 0), (0, 0)),
-      dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-    )
+    return conv.convolve(x, kernel)
   # XLA:CPU takes twice as long for a 3-D convolution as for a 2-D one.
   b, f, h, w, _ = x.shape
-  y = lax.conv_general_dilated(
-    x.reshape(b, f, h * w, -1),
-    kernel[:, :, 0],
-    (1, 1),
-    ((1, 1), (0, 0)),
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )
+  y = conv.convolve(x.reshape(b, f, h * w, -1), kernel[:, :, 0])
   return y.reshape(b, f, h, w, -1)
 
 
@@ -119,13 +100,7 @@ class Upsample(_Conv):
     if (height, width) == (2 * x.shape[2], 2 * x.shape[3]):
       return conv.constrain(conv.upsample_conv2d(x, kernel, bias))
     x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)[:, :, :height, :width]
-    y = lax.conv_general_dilated(
-      x.reshape(-1, *x.shape[2:]),
-      kernel,
-      (1, 1),
-      ((1, 1), (1, 1)),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    y = conv.convolve(x.reshape(-1, *x.shape[2:]), kernel)
     return conv.constrain(y.reshape(*x.shape[:-1], -1) + bias)
 
 

@@ -17,7 +17,7 @@ from vidgen.models.svd import flops, numbers, unet, vae
 from vidgen.models.svd import plan as plan_lib
 from vidgen.models.svd.components import components
 from vidgen.models.svd.config import Config, published_configs
-from vidgen.nn import layers
+from vidgen.nn import layers, posterior
 
 # Levels that stand for all of them, where training has no density of its own.
 _LEVELS = 1000
@@ -276,13 +276,11 @@ class StableVideoDiffusion:
 
   def _posterior(self, params, video, key):
     """The posterior's mean, or a sample where there are keys; not scaled."""
-    posterior = vae.encode(
-      params, self.config.vae, video, dtype=self._vae_dtype
-    )
+    found = vae.encode(params, self.config.vae, video, dtype=self._vae_dtype)
     if key is None:
-      return posterior.mean
-    noise = samplers.normal(key, posterior.mean.shape[1:])
-    return vae.sample(posterior, noise)
+      return found.mean
+    noise = samplers.normal(key, found.mean.shape[1:])
+    return posterior.sample(found, noise)
 
   def encode(
     self,

@@ -135,10 +135,19 @@ class TimeAttention(_Attention):
     # Frames are few and positions many: one product for all scores. It stays on
     # the devices that share the positions.
     scores = jnp.einsum(
-      "bfnhd,bgnhd->bnhfg", q, k, preferred_element_type=jnp.float32
+      "bfnhd,bgnhd->bnhfg",
+      q,
+      k,
+      precision=layers.precision(q.dtype),
+      preferred_element_type=jnp.float32,
     )
     scores = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
-    y = jnp.einsum("bnhfg,bgnhd->bfnhd", scores.astype(v.dtype), v)
+    y = jnp.einsum(
+      "bnhfg,bgnhd->bfnhd",
+      scores.astype(v.dtype),
+      v,
+      precision=layers.precision(v.dtype),
+    )
     return self.out(y, width)
 
 

@@ -8,7 +8,7 @@ nothing is compressed in time.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from vidgen.models.svd.layers import (
   Upsample,
   VideoResBlock,
 )
-from vidgen.nn import attention, layers
+from vidgen.nn import attention, layers, posterior
 from vidgen.nn.conv import DownsampleConv2D
 
 _EPS, _TEMPORAL_EPS = 1e-6, 1e-5
@@ -262,27 +262,6 @@ def init(
   }
 
 
-class Posterior(NamedTuple):
-  """A normal distribution over latents; `logvar` is within [-30, 20]."""
-
-  mean: Float[Array, "b f h w c"]
-  logvar: Float[Array, "b f h w c"]
-
-
-def sample(
-  posterior: Posterior, noise: Float[Array, "b f h w c"]
-) -> Float[Array, "b f h w c"]:
-  """Returns the latents that standard normal `noise` stands for."""
-  return posterior.mean + jnp.exp(posterior.logvar / 2) * noise
-
-
-def kl(posterior: Posterior) -> Float[Array, " b"]:
-  """Divergence from the standard normal, in nats per video."""
-  mean, logvar = posterior
-  terms = jnp.square(mean) + jnp.exp(logvar) - 1 - logvar
-  return terms.sum(axis=(1, 2, 3, 4)) / 2
-
-
 def _identity_post(x: Array) -> Array:
   return x
 
@@ -314,7 +293,7 @@ def encode(
   dtype: DTypeLike = jnp.float32,
   chunk: int | None = None,
   remat: bool = False,
-) -> Posterior:
+) -> posterior.Posterior:
   """Encodes frames in [-1, 1]; the latents are not scaled yet.
 
   Args:
@@ -337,9 +316,7 @@ def encode(
     )
   network = Encoder(config, dtype, remat=remat)
   run = lambda x: network.apply({"params": params["encoder"]}, x)
-  moments = _in_chunks(run, video, chunk).astype(jnp.float32)
-  mean, logvar = jnp.split(moments, 2, axis=-1)
-  return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+  return posterior.of_moments(_in_chunks(run, video, chunk))
 
 
 def decode(

@@ -115,7 +115,8 @@ def config_small(
       # Half the work; the UNet keeps frames alike.
       temporal=False,
       sample_size=32,
-      scaling_factor=1.0,
+      # What the latents of its autoencoders have to be divided by, about.
+      scaling_factor=0.4,
     ),
     image_encoder=clip.VisionConfig(
       hidden_size=64,
