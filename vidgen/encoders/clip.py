@@ -263,7 +263,7 @@ class VisionTower(_Tower):
     kernel = kernel.astype(self.dtype).reshape(-1, width)
     x = pixels.astype(self.dtype).reshape(b, side, p, side, p, c)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, side * side, p * p * c)
-    x = (x @ kernel).astype(jnp.float32)
+    x = layers.matmul(x, kernel).astype(jnp.float32)
     first = self.embedding("class_token", (width,), ("embed",))
     first = jnp.broadcast_to(first.astype(jnp.float32), (b, 1, width))
     where = self.embedding("positions", (side**2 + 1, width), (None, "embed"))

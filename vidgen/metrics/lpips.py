@@ -128,7 +128,8 @@ def distance(
   for i, features in enumerate(_features(params, net, both)):
     a, b = jnp.split(_normalize(features), 2)
     head = params[f"head_{i}"]
-    total += jnp.mean(jnp.square(a - b) @ head, axis=(1, 2))
+    far = jnp.matmul(jnp.square(a - b), head, precision=lax.Precision.HIGHEST)
+    total += jnp.mean(far, axis=(1, 2))
   return total
 
 
@@ -163,6 +164,7 @@ def _features(params: Params, net: str, x: Array) -> list[Array]:
       params[f"conv_{i}/kernel"],
       (conv.stride, conv.stride),
       ((pad, pad), (pad, pad)),
+      precision=lax.Precision.HIGHEST,
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     x = jax.nn.relu(x + params[f"conv_{i}/bias"])

@@ -22,8 +22,23 @@ Frames = tuple[Array, ...]
 Bilinear = Callable[[Array, Frames], Array]
 
 
-def _convolve(x: Array, kernel: Array, stride: int, padding: tuple) -> Array:
-  """Convolves channels-last `x`, 2-D or 3-D by the rank of the kernel."""
+def convolve(
+  x: Float[Array, "b *n i"],
+  kernel: Float[Array, "*k i o"],
+  stride: int = 1,
+  padding: tuple | None = None,
+) -> Float[Array, "b *m o"]:
+  """Convolves channels-last `x`, 2-D or 3-D by the rank of the kernel.
+
+  Args:
+    x: Batch, the axes that are convolved, channels.
+    kernel: Taps along each of them.
+    stride: Along each of them.
+    padding: Zeros before and after; None is (taps - 1) // 2 of each, which
+      keeps the size where taps are odd and the stride is 1.
+  """
+  if padding is None:
+    padding = tuple(((size - 1) // 2,) * 2 for size in kernel.shape[:-2])
   axes = "DHW"[5 - kernel.ndim :]
   return lax.conv_general_dilated(
     x,
@@ -39,7 +54,7 @@ def _per_frame(
   x: Array, kernel: Array, stride: int = 1, padding: tuple = ((1, 1), (1, 1))
 ) -> Array:
   """Convolves each frame of `x` with a 2-D kernel."""
-  y = _convolve(x.reshape(-1, *x.shape[2:]), kernel, stride, padding)
+  y = convolve(x.reshape(-1, *x.shape[2:]), kernel, stride, padding)
   return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
@@ -85,7 +100,7 @@ def _with_past(frames: Frames) -> Array:
 
 def _causal_plain(kernel: Array, frames: Frames) -> Array:
   padding = ((0, 0), (1, 1), (1, 1))
-  return _convolve(_with_past(frames), kernel, 1, padding)
+  return convolve(_with_past(frames), kernel, 1, padding)
 
 
 def _causal_by_frames(kernel: Array, frames: Frames) -> Array:

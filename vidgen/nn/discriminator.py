@@ -5,11 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vidgen.nn import layers
+from vidgen.nn import conv
 from vidgen.nn.norm import GroupNorm
 
 _SLOPE = 0.2
@@ -32,15 +31,7 @@ def _conv3d(x: Array, kernel: Array, stride: tuple[int, int]) -> Array:
   x = jnp.concatenate(frames, axis=-1)
   kernel = jnp.moveaxis(kernel, 0, 2)
   kernel = kernel.reshape(size, size, -1, kernel.shape[-1])
-  pad = ((size - 1) // 2, (size - 1) // 2)
-  y = lax.conv_general_dilated(
-    x.reshape(-1, *x.shape[2:]),
-    kernel,
-    (stride[1], stride[1]),
-    (pad, pad),
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    precision=layers.precision(x.dtype),
-  )
+  y = conv.convolve(x.reshape(-1, *x.shape[2:]), kernel, stride[1])
   return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
