@@ -310,6 +310,7 @@ class Trainer:
       train_step.init, task.init, task.averaged, self.txs
     )
     self.shapes, self.places = train_step.shapes_and_places(self._make, mesh)
+    self._steps: dict[str, Any] = {}
     for stage in config.stages:
       self._trained(stage)
 
@@ -346,7 +347,10 @@ class Trainer:
     ema = {
       name: copy(tree) for name, tree in given.items() if name in state.ema
     }
-    # Some optimisers hold the weights too: those that were given.
+    # Some optimisers hold the weights too: those that were given. What they had
+    # goes first: both would not fit.
+    for name in given:
+      jax.tree.map(lambda x: x.delete(), state.opt[name])
     opt = {
       name: jax.jit(self.txs[name].init, out_shardings=self.places.opt[name])(
         tree
@@ -365,7 +369,16 @@ class Trainer:
     return state._replace(guard=guard(state.guard))
 
   def stage_steps(self, stage: Stage) -> Any:
-    """Returns the compiled step of a stage, and the task it takes."""
+    """Returns the compiled step of a stage, and the task it takes.
+
+    Stages that differ in data alone share it: what is compiled once stays.
+    """
+    said = repr((sorted(stage.options.items()), stage.trainable))
+    if said not in self._steps:
+      self._steps[said] = self._make_step(stage)
+    return self._steps[said]
+
+  def _make_step(self, stage: Stage) -> Any:
     task = self.task.with_options(stage.options)
     step = functools.partial(
       train_step.step,
