@@ -278,6 +278,9 @@ class Pipeline:
     if output == "latents":
       return np.asarray(latents)
     chunk = arguments.whole("decode_chunk", decode_chunk)
+    # Where `sample` has them: the same program does.
+    where = sharding.batch_sharding(self.mesh, len(latents))
+    latents = jax.device_put(latents, where)
     with sharding.use(self.mesh):
       return self._decoded(latents, output, memory, chunk, _Silent())
 

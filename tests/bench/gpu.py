@@ -1,17 +1,20 @@
 r"""Times CogVideoX of full size on this device, from random weights.
 
 python tests/bench/gpu.py [--only=sample-2b,sample-5b,train-2b] [--rounds=2]
-    [--theirs] [--steps=50] [--small] [--json=FILE] [--trace=DIR]
+    [--theirs] [--steps=50] [--remat=attention] [--small] [--json=FILE]
+    [--trace=DIR]
 
 In bfloat16, on one device: a clip of 49 frames of 480x720 in 50 guided steps,
 with its text encoder and its decoder; and a training step of one such clip, its
-encoder and AdamW along, every block computed again. Times do not depend on what
-weights hold. --theirs times diffusers' pipeline in the same process, with
+encoder and AdamW along. Of each, what the first call takes comes first, which
+compiles; of a clip that is one step and the decoder. Times do not depend on
+what weights hold. --theirs times diffusers' pipeline in the same process, with
 torch.compile, where torch sees the device. MFU is the denoiser's FLOPs over its
 seconds times the device's peak. --trace keeps a profile of the last call.
 --small takes tiny sizes, to see on a CPU that it works.
 """
 
+import contextlib
 import json
 import pathlib
 import statistics
@@ -29,7 +32,6 @@ from flax import linen as nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from tests import tiny_cogvideox
 from vidgen import meters, programs, progress, sharding, train
 from vidgen.data import buckets, loader
 from vidgen.models import base
@@ -43,6 +45,7 @@ _ONLY = flags.DEFINE_list("only", list(CASES), "Which cases.")
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "Timed calls, after a cold one.")
 _THEIRS = flags.DEFINE_bool("theirs", False, "Times diffusers, too.")
 _STEPS = flags.DEFINE_integer("steps", 50, "Denoising steps.")
+_REMAT = flags.DEFINE_string("remat", "attention", "What training keeps.")
 _SMALL = flags.DEFINE_bool("small", False, "Tiny sizes.")
 _JSON = flags.DEFINE_string("json", None, "Where the figures go.")
 _TRACE = flags.DEFINE_string("trace", None, "Where a profile goes.")
@@ -51,6 +54,9 @@ _TRACE = flags.DEFINE_string("trace", None, "Where a profile goes.")
 def checkpoint(model: str, folder: pathlib.Path) -> pathlib.Path:
   """Returns a folder that has all of a checkpoint but its weights."""
   if _SMALL.value:
+    # It takes torch and diffusers, which a device need not have.
+    from tests import tiny_cogvideox
+
     tiny_cogvideox.write(folder / model, model)
     return folder / model / "checkpoint"
   return programs.skeleton(f"THUDM/CogVideoX-{model}", folder)
@@ -65,16 +71,19 @@ def draw(init: Callable[[Any], Any], key: jax.Array) -> Any:
   return jax.jit(make)(key)
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, list[float]]:
-  """Returns the seconds of a cold call, and of those after it."""
+def timed(
+  call: Callable[[], Any], first: Callable[[], Any]
+) -> tuple[float, list[float]]:
+  """Returns the seconds of a first call, and of those after it."""
   seconds = []
   for number in range(_ROUNDS.value + 1):
     trace = _TRACE.value is not None and number == _ROUNDS.value
     if trace:
       jax.profiler.start_trace(_TRACE.value)
     start = time.perf_counter()
-    call()
+    (call if number else first)()
     seconds.append(time.perf_counter() - start)
+    print(f"  call {number}: {seconds[-1]:.2f} s", flush=True)
     if trace:
       jax.profiler.stop_trace()
   return seconds[0], seconds[1:]
@@ -83,6 +92,17 @@ def timed(call: Callable[[], Any]) -> tuple[float, list[float]]:
 def mfu(flops: float, seconds: float) -> float | None:
   peak = meters.peak_flops(jax.devices()[:1])
   return None if peak is None else flops / seconds / peak
+
+
+class _Enough(Exception):
+  """Ends a call after its first step."""
+
+
+class _First(progress.Progress):
+  """Lets a call take one step."""
+
+  def step(self, done: int, total: int) -> None:
+    raise _Enough
 
 
 def sample(model: str, folder: pathlib.Path) -> dict[str, Any]:
@@ -102,8 +122,14 @@ def sample(model: str, folder: pathlib.Path) -> dict[str, Any]:
     told.seconds.clear()
     pipeline.sample(PROMPT, num_steps=_STEPS.value, progress=told)
 
+  def first() -> None:
+    with contextlib.suppress(_Enough):
+      pipeline.sample(PROMPT, num_steps=_STEPS.value, progress=_First())
+    frames, *rest = plan.latents
+    pipeline.decode(np.zeros((1, frames - plan.padding, *rest), np.float32))
+
   with told:
-    cold, warm = timed(call)
+    cold, warm = timed(call, first)
   branches = 2 * _STEPS.value
   flops = branches * opened.flops(plan.num_frames, plan.height, plan.width)
   peak, of = progress.peak_memory()
@@ -119,6 +145,26 @@ def sample(model: str, folder: pathlib.Path) -> dict[str, Any]:
   }
 
 
+def fill(infos: Any) -> Any:
+  """Returns arrays of these shapes, drawn where they are to be."""
+  leaves, tree = jax.tree.flatten(infos, is_leaf=lambda x: hasattr(x, "shape"))
+
+  def make(key):
+    for info in leaves:
+      key, draw = jax.random.split(key)
+      if jnp.issubdtype(info.dtype, jax.dtypes.prng_key):
+        yield jax.random.key(0)
+      elif jnp.issubdtype(info.dtype, jnp.floating):
+        # Second moments are not below 0.
+        x = jax.random.uniform(draw, info.shape, jnp.float32, 0.0, 0.03)
+        yield x.astype(info.dtype)
+      else:
+        yield jnp.zeros(info.shape, info.dtype)
+
+  drawn = jax.jit(lambda key: list(make(key)))(jax.random.key(0, impl="rbg"))
+  return jax.tree.unflatten(tree, drawn)
+
+
 def step(model: str, folder: pathlib.Path) -> dict[str, Any]:
   """Times training steps of one clip."""
   size = (9, 32, 32) if _SMALL.value else (49, 480, 720)
@@ -127,7 +173,7 @@ def step(model: str, folder: pathlib.Path) -> dict[str, Any]:
   config = train.TrainConfig(
     task=diffusion.DiffusionTaskConfig(
       source=sources.Source(checkpoint=str(checkpoint(model, folder))),
-      remat="full",
+      remat=_REMAT.value,
     ),
     stages=(train.Stage(1, data, train.Rate()),),
   )
@@ -137,28 +183,19 @@ def step(model: str, folder: pathlib.Path) -> dict[str, Any]:
   compiled = program.lower().compile()
   compiling = time.perf_counter() - start
   (state, *others), _ = compiled.args_info
-  rng = np.random.default_rng(0)
-
-  def array(info: Any) -> jax.Array:
-    if jnp.issubdtype(info.dtype, jax.dtypes.prng_key):
-      return jax.random.key(0)
-    if jnp.issubdtype(info.dtype, jnp.floating):
-      draw = rng.standard_normal(info.shape, np.float32) * 0.02
-      return jnp.asarray(draw, info.dtype)
-    return jnp.zeros(info.shape, info.dtype)
-
-  is_info = lambda x: hasattr(x, "shape")
-  make = lambda tree: jax.tree.map(array, tree, is_leaf=is_info)
-  held, others = [make(state)], make(others)
+  held, others = [fill(state)], fill(others)
 
   def call() -> None:
     held[0], _ = jax.block_until_ready(compiled(held[0], *others))
 
-  cold, warm = timed(call)
+  cold, warm = timed(call, call)
   peak, of = progress.peak_memory()
   seconds = statistics.median(warm)
   return {
     "size": list(size),
+    "remat": _REMAT.value,
+    # Without any kept, the forward kernel stands there once more.
+    "attention_kernels": compiled.as_text().count("__cudnn$fmha"),
     "cold_seconds": cold,
     "seconds": seconds,
     "mfu": mfu(program.model_flops, seconds),
@@ -223,7 +260,7 @@ def theirs(model: str, folder: pathlib.Path) -> dict[str, Any]:
       if device == "cuda":
         torch.cuda.synchronize()
 
-  cold, warm = timed(call)
+  cold, warm = timed(call, call)
   return {"cold_seconds": cold, "seconds": statistics.median(warm)}
 
 
