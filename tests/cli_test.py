@@ -203,6 +203,29 @@ def test_flags_override_the_config(capsys, jobs, tmp_path):
   assert "denoise took" in err
 
 
+@pytest.mark.parametrize(
+  ("argv", "want"),
+  [
+    (["--config.lora={0}/a.st"], "{0}/a.st"),
+    (
+      ["--config.lora.{0}/a.st=0.5", "--config.lora.{0}/b.c.st=-1"],
+      {"{0}/a.st": 0.5, "{0}/b.c.st": -1.0},
+    ),
+  ],
+)
+def test_one_lora_or_several_by_weight(capsys, jobs, tmp_path, argv, want):
+  for name in ("a.st", "b.c.st"):
+    (tmp_path / name).write_bytes(b"")
+  argv = [text.format(tmp_path) for text in argv]
+  code, _, err = call(capsys, "sample", "--prompt=a", *argv)
+  assert code == 0, err
+  if isinstance(want, dict):
+    want = {name.format(tmp_path): weight for name, weight in want.items()}
+    assert jobs[0].lora == want
+  else:
+    assert jobs[0].lora == want.format(tmp_path)
+
+
 def test_an_image_replaces_the_video_of_a_config(capsys, jobs, tmp_path):
   video.write_png_frames(tmp_path / "a", np.zeros((1, 8, 8, 3), np.uint8))
   image = f"{tmp_path}/a/000000.png"

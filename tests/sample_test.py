@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import pathlib
 
 import jax
 import numpy as np
@@ -259,6 +260,19 @@ def test_names_do_not_depend_on_a_strength_without_a_video():
   assert len(names) == 1
 
 
+def test_names_depend_on_the_weights_of_loras(tmp_path):
+  values = dict.fromkeys(field.name for field in dataclasses.fields(clips.Clip))
+  values |= {"where": "", "index": 0, "clip": 0, "prompt": "a", "seed": 0}
+  values |= {"negative_prompt": "", "strength": 0.8}
+  zoom, pan = os.fspath(tmp_path / "zoom"), os.fspath(tmp_path / "pan")
+  for path in (zoom, pan):
+    pathlib.Path(path).write_text(path)
+  name = lambda lora: clips.digest(clips.Clip(**values), {"lora": lora})
+  assert name({zoom: 1.0, pan: 2.0}) == name({pan: 2, zoom: 1})
+  different = (None, zoom, {zoom: 1.0, pan: 2.0}, {zoom: 2.0, pan: 1.0})
+  assert len(set(map(name, different))) == 4
+
+
 def test_names_do_not_depend_on_where_files_lie(tmp_path, pipeline):
   names = set()
   for folder in ("a", "b"):
@@ -290,6 +304,7 @@ def test_names_do_not_depend_on_where_files_lie(tmp_path, pipeline):
     ({"prompt": "a", "video": "no.mp4"}, "no.mp4: there is no such video"),
     ({"prompt": "a", "strength": 0.5}, "strength needs a video"),
     ({"prompt": "a", "lora": "no.st"}, "no.st: there is no such LoRA"),
+    ({"prompt": "a", "lora": {"no.st": 1.0}}, "no.st: there is no such LoRA"),
     ({"prompt": "a", "lora_scale": float("inf")}, "must be finite"),
     ({"prompt": "a", "options": {"seed": 1}}, "'seed' is no option"),
   ],

@@ -78,15 +78,20 @@ def digest(clip: Clip, settings: Mapping[str, Any]) -> str:
   Args:
     clip: The clip.
     settings: What the job adds for all its clips: the checkpoint, `lora` (a
-      file), the dtype and so on.
+      file, or the weights of several), the dtype and so on.
   """
   values = dataclasses.asdict(clip)
   del values["where"], values["index"]
   values |= settings
   if clip.video is None:
     del values["strength"]  # It changes nothing.
-  for name in ("image", "video", "lora"):
+  for name in ("image", "video"):
     values[name] = _content(values[name])
+  lora = values["lora"]
+  if isinstance(lora, Mapping):
+    values["lora"] = sorted((_content(p), float(w)) for p, w in lora.items())
+  else:
+    values["lora"] = _content(lora)
   text = json.dumps(values, sort_keys=True, default=repr)
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 

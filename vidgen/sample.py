@@ -52,7 +52,8 @@ class SampleConfig:
     video: A video to change, by `strength` in (0, 1].
     videos_per_prompt: Clips for each prompt, each from noise of its own.
     tiling: Encode and decode in tiles: less memory, slightly other pixels.
-    lora: A LoRA file in the published layout, merged with `lora_scale`.
+    lora: A LoRA file in the published layout, merged with `lora_scale`; or
+      several, each with a weight of its own.
     executables: A folder of `vidgen compile --save`, of the same job.
     formats: Some of mp4, gif, png (a folder of frames) and npz (latents).
     fps: The frame rate of the files, and what a model is told that can be; None
@@ -81,7 +82,7 @@ class SampleConfig:
   seed: int = 0
   videos_per_prompt: int = 1
   tiling: bool = False
-  lora: str | None = None
+  lora: dict[str, float] | str | None = None
   lora_scale: float = 1.0
   executables: str | None = None
   formats: tuple[str, ...] = ("mp4",)
@@ -253,8 +254,14 @@ def _check_config(config: SampleConfig) -> None:
     raise errors.InputError("config: lora_scale must be finite.")
   if config.lora is None and config.lora_scale != SampleConfig.lora_scale:
     raise errors.InputError("config: lora_scale needs a LoRA; set lora=FILE.")
-  if config.lora is not None and not os.path.isfile(config.lora):
-    raise errors.InputError(f"{config.lora}: there is no such LoRA file.")
+  for path in loras(config.lora):
+    if not os.path.isfile(path):
+      raise errors.InputError(f"{path}: there is no such LoRA file.")
+
+
+def loras(lora: dict[str, float] | str | None) -> list[str]:
+  """Returns the files of a config's LoRAs."""
+  return [lora] if isinstance(lora, str) else list(lora or ())
 
 
 def config_formats(config: SampleConfig) -> tuple[str, ...]:

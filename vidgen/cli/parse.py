@@ -110,7 +110,7 @@ def define_config(
   for name, text in entries:
     _, field, key = name.split(".", 2)
     kind = typing.get_args(dicts[field])[1]
-    if isinstance(getattr(config, field), str):
+    if not isinstance(getattr(config, field), dict):
       setattr(config, field, {})
     getattr(config, field)[key] = _entry(name, kind, text)
 

@@ -22,7 +22,7 @@ with what, and where to
 any field of the config, --config.FIELD=VALUE
   size     num_frames height width fps videos_per_prompt
   sampler  num_steps guidance_scale sampler negative_prompt strength
-  model    revision dtype lora lora_scale options.NAME
+  model    revision dtype lora lora.FILE=WEIGHT lora_scale options.NAME
   memory   mesh.AXIS residency tiling executables
   files    formats (some of mp4,gif,png,npz)
   as above prompt prompts image video seed checkpoint out
