@@ -261,7 +261,7 @@ def joined(
     return
   descriptor, parent = map(int, environ[LINK].split(":"))
   with Link(socket.socket(fileno=descriptor)) as link:
-    _die_with(parent)
+    die_with(parent)
     link.send(ready={**what, "versions": versions()})
     go = link.receive()["go"]
     import jax
@@ -380,7 +380,7 @@ def _leave(code: int) -> None:
   os._exit(code)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
   """Asks the system to end this process when its supervisor ends."""
   pdeathsig = 1
   ctypes.CDLL(None).prctl(pdeathsig, signal.SIGKILL)

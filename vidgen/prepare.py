@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vidgen import errors, manifest, progress, tensorfile, tensorheader, video
-from vidgen.data import records
+from vidgen.data import records, workers
 
 OPTIONS = "options.json"
 QUARANTINE = "quarantine.jsonl"
@@ -38,6 +38,8 @@ class PrepareConfig:
     validation_share: The share of videos held from training. For video_folder.
     max_frames: Cuts longer videos; None keeps them. For video_folder.
     seed: Of all that is drawn.
+    workers: Processes that make clips; the clips are the same. For
+      moving_shapes and orbiting_solids.
   """
 
   dataset: str = "moving_shapes"
@@ -49,6 +51,7 @@ class PrepareConfig:
   validation_share: float | None = None
   max_frames: int | None = None
   seed: int = 0
+  workers: int = 1
 
 
 # The fields that one dataset alone has, and their defaults.
@@ -111,7 +114,8 @@ def run(config: PrepareConfig, told: progress.Progress | None = None) -> Report:
       draft = home / ".draft"
       try:
         shutil.rmtree(draft, ignore_errors=True)
-        folder = _build(draft, config.dataset, options, told)
+        with workers.mapping(config.workers) as each:
+          folder = _build(draft, config.dataset, options, told, each)
         _write_json(folder / OPTIONS, options)
         manifest.write(folder)
         for path in [*folder.rglob("*"), folder]:
@@ -155,6 +159,8 @@ def _checked(config: PrepareConfig) -> dict[str, Any]:
     value = getattr(config, name)
     options[name] = default if value is None else value
   _check_numbers(options)
+  if config.workers < 1:
+    raise errors.InputError(f"workers: {config.workers} is not positive.")
   if config.dataset == "video_folder":
     if not config.source:
       raise errors.InputError("source: name the folder of videos.")
@@ -197,6 +203,7 @@ def _build(
   dataset: str,
   options: dict[str, Any],
   told: progress.Progress,
+  each: workers.Map,
 ) -> pathlib.Path:
   """Writes a dataset below `draft` and returns its folder."""
   # Takes a second to import.
@@ -209,11 +216,15 @@ def _build(
     kept |= {"num_validation": few, "num_held_out": few}
   if dataset == "moving_shapes":
     builder = builders.MovingShapes(
-      data_dir=draft, options=builders.MovingShapesOptions(**kept)
+      data_dir=draft,
+      options=builders.MovingShapesOptions(**kept),
+      each=each,
     )
   elif dataset == "orbiting_solids":
     builder = builders.OrbitingSolids(
-      data_dir=draft, options=builders.OrbitingSolidsOptions(**kept)
+      data_dir=draft,
+      options=builders.OrbitingSolidsOptions(**kept),
+      each=each,
     )
   else:
     with told.stage("scan"):

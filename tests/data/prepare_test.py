@@ -11,16 +11,14 @@ import pytest
 
 from vidgen import errors, prepare
 from vidgen.cli import main
-from vidgen.data import builders, codec, moving_shapes, records
+from vidgen.data import builders, codec, moving_shapes, records, workers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 
 
-def run(folder, num_clips=4, **kwargs):
+def run(folder, num_clips=4, dataset="moving_shapes", **kwargs):
   return prepare.run(
-    prepare.PrepareConfig(
-      "moving_shapes", str(folder), num_clips=num_clips, **kwargs
-    )
+    prepare.PrepareConfig(dataset, str(folder), num_clips=num_clips, **kwargs)
   )
 
 
@@ -221,3 +219,33 @@ def test_mistakes_on_the_command_line(
   err = capsys.readouterr().err.splitlines()
   assert word in err[-1] and err[-1].startswith("vidgen: error: ")
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dataset", ["moving_shapes", "orbiting_solids"])
+def test_processes_make_the_same_clips(tmp_path, dataset):
+  one, two = (
+    run(tmp_path / str(count), 20, dataset=dataset, workers=count).folder
+    for count in (1, 2)
+  )
+  files = sorted(p.name for p in one.iterdir() if "array_record" in p.name)
+  files += sorted(p.name for p in one.glob("index-*"))
+  assert len(files) == 6
+  for name in files:
+    assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def _killed(item):
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_told():
+  with (
+    pytest.raises(errors.StorageError, match="one of 2 processes was killed"),
+    workers.mapping(2) as each,
+  ):
+    list(each(_killed, range(3)))
+
+
+def test_no_processes(tmp_path):
+  with pytest.raises(errors.InputError, match="workers: 0 is not positive"):
+    run(tmp_path, workers=0)

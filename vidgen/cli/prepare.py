@@ -10,6 +10,8 @@ usage: vidgen prepare --dataset=NAME --data_dir=DIR [flags]
                            video_folder: your own videos; train, validation
   --data_dir=DIR           where all prepared datasets are
   --seed=N                 of all that is drawn, 0 by default
+  --workers=N              processes that make clips, 1 by default; the clips
+                           are the same. Not for video_folder
 
 moving_shapes
   --num_clips=N            of train, 1000 by default; a twentieth of it is made
@@ -54,6 +56,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   for name in ("two_share", "validation_share"):
     flags.DEFINE_float(name, None, "", flag_values=values)
   flags.DEFINE_integer("seed", 0, "", flag_values=values)
+  flags.DEFINE_integer("workers", 1, "", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:
@@ -67,6 +70,7 @@ def run(values: flags.FlagValues) -> None:
       for name in (
         "dataset", "data_dir", "source", "num_clips", "two_share",
         "num_frames", "validation_share", "max_frames", "seed",
+        "workers",
       )
     }
   )  # fmt: skip

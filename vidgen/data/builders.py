@@ -23,6 +23,7 @@ from vidgen.data import (
   orbiting_solids,
   records,
   video_folder,
+  workers,
 )
 
 Generator = Callable[[], Iterator[records.Record]]
@@ -152,25 +153,28 @@ class MovingShapes(ClipBuilder):
     *,
     data_dir: str | os.PathLike,
     options: MovingShapesOptions | None = None,
+    each: workers.Map = map,
     **kwargs: Any,
   ):
     self.options = options or MovingShapesOptions()
+    self._each = each
     super().__init__(data_dir=data_dir, **kwargs)
 
   def shards(self) -> Mapping[str, Sequence[Generator]]:
     """Returns the clips of each split."""
-    return _made(self.options, moving_shapes_record)
+    return _made(self.options, moving_shapes_record, self._each)
 
 
 def _made(
   options: "MovingShapesOptions | OrbitingSolidsOptions",
   record: Callable[[Any, str, int], records.Record],
+  each: workers.Map,
 ) -> Mapping[str, Sequence[Generator]]:
   """Returns the records of each split, which `record` makes one by one."""
 
   def clips(split: str, start: int, count: int) -> Iterator[records.Record]:
-    for index in range(start, min(start + _SHARD_RECORDS, count)):
-      yield record(options, split, index)
+    numbers = range(start, min(start + _SHARD_RECORDS, count))
+    yield from each(functools.partial(record, options, split), numbers)
 
   counts = {
     "train": options.num_clips,
@@ -259,14 +263,16 @@ class OrbitingSolids(ClipBuilder):
     *,
     data_dir: str | os.PathLike,
     options: OrbitingSolidsOptions | None = None,
+    each: workers.Map = map,
     **kwargs: Any,
   ):
     self.options = options or OrbitingSolidsOptions()
+    self._each = each
     super().__init__(data_dir=data_dir, **kwargs)
 
   def shards(self) -> Mapping[str, Sequence[Generator]]:
     """Returns the clips of each split."""
-    return _made(self.options, orbiting_solids_record)
+    return _made(self.options, orbiting_solids_record, self._each)
 
 
 def orbiting_solids_scene(
