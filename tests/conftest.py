@@ -1,9 +1,20 @@
 """Eight CPU devices, and shapes checked in every function of vidgen."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before jax looks for devices: the TPU compiler would look for TPUs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Tests compile the same programs many times, also in processes of their own.
+# Each process of pytest has its own folder: what is half written is an error.
+_CACHE = tempfile.mkdtemp(prefix="vidgen-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import jaxtyping

@@ -63,7 +63,10 @@ def test_outputs(loaded):
   np.testing.assert_array_equal(uint8, np.round(floats * 255).astype(np.uint8))
   latents = loaded.sample(PROMPT, output="latents", **kwargs)
   assert latents.shape == (1, 3, 8, 12, 4)
+  compiled = loaded.decoder._cache_size()
   np.testing.assert_array_equal(loaded.decode(latents), uint8)
+  # Where latents come from compiles nothing again.
+  assert loaded.decoder._cache_size() == compiled
 
 
 def test_a_seed_and_a_clip_decide_a_video(loaded):

@@ -1,5 +1,6 @@
 """Training runs end to end: what they write, how they stop and go on."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -275,6 +276,21 @@ def test_stages_and_buckets(data_dir, checkpoint, tmp_path):
   lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
   rates = [json.loads(line)["learning_rate"] for line in lines]
   np.testing.assert_allclose(rates, [1e-3] * 6 + [1e-4] * 2, rtol=1e-5)
+
+
+def test_stages_that_differ_in_data_alone_share_a_step(data_dir, checkpoint):
+  stages = (
+    tiny_training.stage(data_dir, 1),
+    tiny_training.stage(data_dir, 1, shapes=((17, 32, 32),), peak=1e-4),
+    tiny_training.stage(data_dir, 1, timesteps=((0, 500, 1.0),)),
+    dataclasses.replace(tiny_training.stage(data_dir, 1), trainable=("query",)),
+  )
+  config = tiny_training.config(data_dir, checkpoint, stages=stages)
+  mesh = sharding.make_mesh(None)
+  trainer = train.Trainer(config, config.task.build(mesh), mesh)
+  steps = [trainer.stage_steps(stage)[1] for stage in stages]
+  assert steps[0] is steps[1]
+  assert len(set(steps)) == 3
 
 
 def test_lora_run(data_dir, checkpoint, tmp_path):
