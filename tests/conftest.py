@@ -10,9 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Tests compile the same programs many times, also in processes of their own.
 # Each process of pytest has its own folder: what is half written is an error.
-_CACHE = tempfile.mkdtemp(prefix="vidgen-tests-")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vidgen-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -21,3 +19,6 @@ import jaxtyping
 
 jax.config.update("jax_num_cpu_devices", 8)
 jaxtyping.install_import_hook("vidgen", "beartype.beartype")
+atexit.register(
+  shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
+)
