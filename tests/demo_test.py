@@ -72,6 +72,7 @@ def test_it_does_what_prompts_say(pipeline):
     assert accuracy[name]["rate"] >= 0.8, name
 
 
+@pytest.mark.slow
 def test_reconstructions(pipeline):
   pairs = demo_report.prompts(16, seed=6)
   scenes = [scene for _, scene in pairs]

@@ -240,7 +240,10 @@ def cases():
       slow = pytest.mark.slow if path.stem in SLOW else ()
       yield pytest.param(path, i, 0, id=f"{path.stem}-{i}", marks=slow)
       if path.stem in IMAGES and len(load(path).stages[i].data.buckets) > 1:
-        yield pytest.param(path, i, -1, id=f"{path.stem}-{i}-images")
+        later = slow if i else ()
+        yield pytest.param(
+          path, i, -1, id=f"{path.stem}-{i}-images", marks=later
+        )
 
 
 @pytest.mark.parametrize("path, number, bucket", list(cases()))

@@ -87,6 +87,7 @@ def test_a_new_video_model_is_its_image_model(initial):
   assert compare.error(run(params), want) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_new_decoder_is_that_of_images():
   config = vae.VaeConfig(block_out_channels=(32, 32))
   init = _jit(lambda key: vae.init(config, key))
@@ -140,6 +141,7 @@ def test_a_vector_of_each_frame(params):
   assert compare.error(moved, same) > 1e-3
 
 
+@pytest.mark.slow
 def test_computing_again_changes_nothing(params):
   def gradient(remat):
     loss = lambda p: jnp.square(

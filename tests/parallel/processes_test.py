@@ -97,7 +97,9 @@ train.run(config, pathlib.Path(folder))
 """
 
 
-@pytest.mark.parametrize("axis", ["context", "data"])
+@pytest.mark.parametrize(
+  "axis", ["data", pytest.param("context", marks=pytest.mark.slow)]
+)
 def test_processes_that_share_samples_read_the_same(axis, tmp_path):
   """A batch is dealt out by what of it a process has, not by its number."""
   data = tiny_training.shapes(tmp_path)

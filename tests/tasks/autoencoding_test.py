@@ -173,6 +173,7 @@ def frames_of(data):
   return torch.from_numpy(video).permute(0, 4, 1, 2, 3) / 127.5 - 1
 
 
+@pytest.mark.slow
 def test_the_decoder_undoes_what_normalising_does():
   model = cogvideox.create_autoencoder(small(), jnp.float32)
   params = nn.unbox(model.init(jax.random.key(0)))
