@@ -161,6 +161,8 @@ def _checked(config: PrepareConfig) -> dict[str, Any]:
   _check_numbers(options)
   if config.workers < 1:
     raise errors.InputError(f"workers: {config.workers} is not positive.")
+  if config.workers > 1 and config.dataset == "video_folder":
+    raise errors.InputError("workers: is for clips that are made; drop it.")
   if config.dataset == "video_folder":
     if not config.source:
       raise errors.InputError("source: name the folder of videos.")

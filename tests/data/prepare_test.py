@@ -246,6 +246,9 @@ def test_a_killed_process_is_told():
     list(each(_killed, range(3)))
 
 
-def test_no_processes(tmp_path):
+def test_processes_that_are_of_no_use(tmp_path):
   with pytest.raises(errors.InputError, match="workers: 0 is not positive"):
     run(tmp_path, workers=0)
+  config = prepare.PrepareConfig("video_folder", str(tmp_path), workers=2)
+  with pytest.raises(errors.InputError, match="clips that are made; drop it"):
+    prepare.run(config)
