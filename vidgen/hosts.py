@@ -381,7 +381,7 @@ def _leave(code: int) -> None:
 
 
 def die_with(parent: int) -> None:
-  """Asks the system to end this process when its supervisor ends."""
+  """Asks the system to end this process when the one that started it ends."""
   pdeathsig = 1
   ctypes.CDLL(None).prctl(pdeathsig, signal.SIGKILL)
   if os.getppid() != parent:

@@ -254,12 +254,12 @@ def _check_config(config: SampleConfig) -> None:
     raise errors.InputError("config: lora_scale must be finite.")
   if config.lora is None and config.lora_scale != SampleConfig.lora_scale:
     raise errors.InputError("config: lora_scale needs a LoRA; set lora=FILE.")
-  for path in loras(config.lora):
+  for path in _lora_files(config.lora):
     if not os.path.isfile(path):
       raise errors.InputError(f"{path}: there is no such LoRA file.")
 
 
-def loras(lora: dict[str, float] | str | None) -> list[str]:
+def _lora_files(lora: dict[str, float] | str | None) -> list[str]:
   """Returns the files of a config's LoRAs."""
   return [lora] if isinstance(lora, str) else list(lora or ())
 
