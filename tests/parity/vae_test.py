@@ -143,7 +143,6 @@ def test_tiled_encode(small, tiled):
     _check("tiled encode", a, b)
 
 
-@pytest.mark.slow
 def test_tiled_decode(small, tiled):
   latents = _normal(1, 5, 14, 12, 4)
   run = functools.partial(vae.decode, small.params, small.config, latents)
