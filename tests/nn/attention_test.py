@@ -173,6 +173,29 @@ def test_what_cannot_run_is_an_error(name, reason):
     attention.attention(q, q, q, implementation=name)
 
 
+@pytest.mark.parametrize(
+  "platform, dtype, tokens, bias, chosen",
+  [
+    ("cpu", "float32", 64, False, "blocked"),
+    ("gpu", "bfloat16", 64, False, "cudnn"),
+    ("gpu", "bfloat16", 64, True, "plain"),
+    ("gpu", "float32", 64, False, "plain"),
+    ("gpu", "float32", 17776, False, "blocked"),
+    ("gpu", "bfloat16", 17776, True, "blocked"),
+    ("tpu", "bfloat16", 64, False, "flash"),
+    ("tpu", "bfloat16", 64, True, "blocked"),
+  ],
+)
+def test_what_each_platform_runs(platform, dtype, tokens, bias, chosen):
+  found = []
+
+  def choose(q):
+    found.append(attention._choose(platform, q, q, q if bias else None))
+
+  jax.eval_shape(choose, jax.ShapeDtypeStruct((2, tokens, 30, 64), dtype))
+  assert found == [chosen]
+
+
 def test_what_is_kept_for_the_backward_pass():
   """Also of cuDNN's kernel, by the name that JAX gives its primitive."""
   from jax._src.cudnn import fused_attention_stablehlo as cudnn

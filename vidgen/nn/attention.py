@@ -19,6 +19,10 @@ IMPLEMENTATIONS: dict[str, str | None] = {
   "flash": "tpu",
 }
 
+# The most bytes of scores that a GPU holds at once: there a loop over heads
+# takes longer than what is in it.
+PLAIN_BYTES = 2**28
+
 _named = jax.checkpoint_policies.save_only_these_names(context_parallel.SAVED)
 
 
@@ -80,8 +84,9 @@ def attention(
     implementation: "plain" holds all scores; "blocked" holds a block of one
       head; "cudnn" is the fused kernel of NVIDIA GPUs (16 bit, no bias) and
       "flash" that of TPUs (no bias). By default the fastest that can run on the
-      platform. Around a ring, where parts are merged, "blocked" stands in for
-      those that cannot.
+      platform; on a GPU that is "plain" where scores are few and "cudnn" can't.
+      Around a ring, where parts are merged, "blocked" stands in for those that
+      cannot.
     interpret: Runs "flash" on any platform, slowly.
 
   Raises:
@@ -94,7 +99,7 @@ def attention(
   platform = "tpu" if interpret else sharding.platform()
   if reason := unavailable(implementation, platform):
     raise ValueError(f"attention: {reason}.")
-  implementation = implementation or _choose(platform, q, bias)
+  implementation = implementation or _choose(platform, q, k, bias)
   kernel = _kernel(implementation, scale, interpret)
 
   whole = bias is not None or k.shape[1] != q.shape[1]
@@ -135,14 +140,16 @@ def attention(
   )(q, k, v, bias, bound)
 
 
-def _choose(platform: str, q: Array, bias: Array | None) -> str:
+def _choose(platform: str, q: Array, k: Array, bias: Array | None) -> str:
   """The fastest implementation that can run."""
-  if bias is not None:
-    return "blocked"
-  if platform == "gpu" and q.dtype.itemsize == 2:
-    return "cudnn"
-  if platform == "tpu" and q.dtype in (jnp.bfloat16, jnp.float32):
-    return "flash"
+  if platform == "tpu" and bias is None:
+    return "flash" if q.dtype in (jnp.bfloat16, jnp.float32) else "blocked"
+  if platform == "gpu":
+    if bias is None and q.dtype.itemsize == 2:
+      return "cudnn"
+    b, n, heads, _ = q.shape
+    if 4 * b * heads * n * k.shape[1] <= PLAIN_BYTES:
+      return "plain"
   return "blocked"
 
 
