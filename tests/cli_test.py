@@ -27,7 +27,10 @@ class FakePipeline:
 
   def __init__(self):
     self.model = types.SimpleNamespace(
-      plan=lambda request: None, takes_text=True, takes_fps=False
+      plan=lambda request: None,
+      takes_text=True,
+      takes_fps=False,
+      components=(),
     )
 
   def sample(self, prompt, *, progress, **arguments):
@@ -42,13 +45,18 @@ def jobs(monkeypatch, tmp_path):
   seen, run = [], sample.run
   monkeypatch.chdir(tmp_path)
 
-  def spy(config, progress):
+  def spy(config, progress, *, verify=False):
     seen.append(config)
-    return run(config, progress)
+    return run(config, progress, verify=verify)
 
   monkeypatch.setattr(sample, "run", spy)
   monkeypatch.setattr(cache, "enable", lambda: None)
-  load = lambda *args, **kwargs: FakePipeline()
+
+  def load(*args, check, **kwargs):
+    fake = FakePipeline()
+    check(fake.model, tmp_path)
+    return fake
+
   monkeypatch.setattr(vidgen, "load", load, raising=False)
   return seen
 

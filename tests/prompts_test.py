@@ -97,7 +97,7 @@ BAD = [
   ("a.txt", b"\n \r\n\t\n", "holds no prompt"),
   ("a.csv", b"prompt,seed\n", "holds no prompt"),
   ("a.jsonl", b"\n", "holds no prompt"),
-  ("a.json", b"{}", "is a .txt, .csv or .jsonl"),
+  ("a.json", b"{}", "is a .txt, .csv, .jsonl or .array_record"),
   ("a.txt", b"ok\nab\xff\n", ":2: is not UTF-8: byte 0xff at offset 5"),
   ("a.txt", b"\xef\xbb\xbfok\r\n\xc3", ":2: .* byte 0xc3 at offset 7"),
   ("a.txt", "A panda.".encode("utf-16"), "UTF-16"),

@@ -1,21 +1,30 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import os
 import pathlib
+import re
+import signal
+import threading
+import time
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
+from array_record.python import array_record_module
 
 import vidgen
 from vidgen import (
   clips,
   diffusion,
   errors,
+  ledger,
+  preemption,
+  prepare,
   progress,
   prompts,
   sample,
@@ -30,6 +39,7 @@ class FakePipeline:
   fps = 8
   why_mesh = ""
   takes_text, takes_fps = True, False
+  components = ()
 
   def __init__(self):
     self.calls = []
@@ -44,11 +54,16 @@ class FakePipeline:
     self.calls.append({"prompt": prompt, "output": output, **arguments})
     if self.fail_at == len(self.calls):
       raise errors.InputError("prompt: holds the number 13.")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if "unlucky" in prompts:
+      raise errors.InputError("prompt: is unlucky.")
     with progress.stage("denoise"):
       for done in range(1, 4):
         progress.step(done, 3)
-    seed, clip = arguments["seed"], arguments["clips"][0]
-    latents = np.full((1, 2, 4, 4, 16), 10.0 * seed + clip, np.float32)
+    ids = np.asarray(arguments["clips"])
+    value = 10.0 * np.broadcast_to(arguments["seed"], ids.shape) + ids
+    latents = np.zeros((len(ids), 2, 4, 4, 16), np.float32)
+    latents += value[:, None, None, None, None]
     return latents if output == "latents" else self.decode(latents)
 
   def decode(self, latents, output="uint8", *, tiling=False, slicing=False):
@@ -59,11 +74,16 @@ class FakePipeline:
 
 
 @pytest.fixture
-def pipeline(monkeypatch):
+def pipeline(monkeypatch, tmp_path_factory):
   fake = FakePipeline()
 
   def load(checkpoint, *, check, **arguments):
-    check(fake)
+    # What tells checkpoints apart is what is in their folders.
+    folder = tmp_path_factory.mktemp("checkpoint")
+    (folder / "scheduler").mkdir()
+    config = folder / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps({"name": checkpoint}))
+    check(fake, folder)
     fake.loaded = {"checkpoint": checkpoint, **arguments}
     return fake
 
@@ -125,8 +145,16 @@ def test_one_prompt(tmp_path, pipeline):
   assert video.read_video(file).shape == (5, 32, 32, 3)
   assert list(summary.seconds) == ["load", "denoise", "write"]
   (record,) = records(tmp_path / "out")
+  path = pathlib.Path(file)
   assert record == {
     "index": 0,
+    "name": path.stem,
+    "status": "done",
+    "num_steps": 3,
+    "guidance_scale": 6.0,
+    "bytes": {path.name: path.stat().st_size},
+    "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()},
+    "frames_sha256": hashlib.sha256(bytes(5 * 32 * 32 * 3)).hexdigest(),
     "prompt": "A panda.",
     "negative_prompt": "",
     "seed": 0,
@@ -252,9 +280,9 @@ def test_names_do_not_depend_on_a_strength_without_a_video():
   values = dict.fromkeys(field.name for field in dataclasses.fields(clips.Clip))
   values |= {"where": "", "index": 0, "clip": 0, "prompt": "a", "seed": 0}
   values["negative_prompt"] = ""
-  settings = {"lora": None}
+  digests = clips.Digests({"lora": None})
   names = {
-    clips.digest(clips.Clip(**{**values, "strength": strength}), settings)
+    digests.of(clips.Clip(**{**values, "strength": strength}))
     for strength in (0.8, 0.5)
   }
   assert len(names) == 1
@@ -267,7 +295,7 @@ def test_names_depend_on_the_weights_of_loras(tmp_path):
   zoom, pan = os.fspath(tmp_path / "zoom"), os.fspath(tmp_path / "pan")
   for path in (zoom, pan):
     pathlib.Path(path).write_text(path)
-  name = lambda lora: clips.digest(clips.Clip(**values), {"lora": lora})
+  name = lambda lora: clips.Digests({"lora": lora}).of(clips.Clip(**values))
   assert name({zoom: 1.0, pan: 2.0}) == name({pan: 2, zoom: 1})
   different = (None, zoom, {zoom: 1.0, pan: 2.0}, {zoom: 2.0, pan: 1.0})
   assert len(set(map(name, different))) == 4
@@ -329,8 +357,8 @@ def test_image_and_video_exclude_each_other(tmp_path, pipeline):
   path.write_text('{"prompt": "a", "strength": 0.5}')
   with pytest.raises(errors.InputError, match=r"a.jsonl:1: strength"):
     sample.run(config(tmp_path, prompts=os.fspath(path)))
-  path.write_text('{"prompt": "a"}\n{"prompt": "a", "image": "b.png"}')
-  with pytest.raises(errors.InputError, match=r"a.jsonl:2: .*b.png"):
+  path.write_text('{"prompt": "a", "image": "b.png"}')
+  with pytest.raises(errors.InputError, match=r"a.jsonl:1: .*b.png"):
     sample.run(config(tmp_path, prompts=os.fspath(path)))
 
 
@@ -341,25 +369,51 @@ def test_a_folder_that_cannot_be_written(tmp_path, pipeline):
   assert not hasattr(pipeline, "loaded")
 
 
-def test_what_was_written_before_an_error_stays(tmp_path, pipeline):
+def test_a_clip_that_cannot_be_made_stops_no_other(tmp_path, pipeline):
   path = tmp_path / "a.txt"
   path.write_text("a\nb\nc\n")
   pipeline.fail_at = 2
-  with pytest.raises(errors.InputError, match=r"a.txt:2: prompt: holds"):
-    sample.run(config(tmp_path, prompts=os.fspath(path)))
-  (record,) = records(tmp_path / "out")
-  assert (tmp_path / "out" / record["files"][0]).exists()
-  assert len(os.listdir(tmp_path / "out")) == 2
+  summary = sample.run(config(tmp_path, prompts=os.fspath(path)))
+  assert summary.clips == 2
+  message = r"1 of 3 clips .*a.txt:2: prompt: holds the number 13"
+  with pytest.raises(errors.InputError, match=message):
+    summary.check()
+  found = {r["index"]: r["status"] for r in records(tmp_path / "out")}
+  assert found == {0: "done", 1: "failed", 2: "done"}
+  # It is tried again, and the others are there.
+  pipeline.calls.clear()
+  again = sample.run(config(tmp_path, prompts=os.fspath(path)))
+  assert [call["prompt"] for call in pipeline.calls] == ["b"]
+  assert (again.clips, again.there, again.failures) == (1, 2, [])
+  assert [r["status"] for r in ledger.read(tmp_path / "out")] == ["done"] * 3
 
 
-def test_what_the_model_refuses_is_told_before_the_first_video(
-  tmp_path, pipeline
-):
+BAD = """prompt,num_frames,image
+a,,
+b,999,
+c,x,
+d,,no.png
+"e",1,2,3
+f,,
+"""
+
+
+def test_bad_lines_are_told_and_counted_first(tmp_path, pipeline):
   path = tmp_path / "a.csv"
-  path.write_text("prompt,num_frames\na,\nb,999\n")
-  with pytest.raises(errors.InputError, match=r"a.csv:3: num_frames: 999"):
-    sample.run(config(tmp_path, prompts=os.fspath(path)))
-  assert not pipeline.calls
+  path.write_text(BAD)
+  said = io.StringIO()
+  job = config(tmp_path, prompts=os.fspath(path), videos_per_prompt=2)
+  summary = sample.run(job, progress.create(said))
+  assert [call["prompt"] for call in pipeline.calls] == ["a", "a", "f", "f"]
+  # A line that fails takes its numbers: mended, it changes no other's.
+  assert [call["clips"] for call in pipeline.calls] == [[0], [1], [10], [11]]
+  for line in ("3: num_frames: 999", "4: num_frames", "5: .*no.png", "6: has"):
+    assert re.search(rf"a.csv:{line}", said.getvalue())
+    assert any(re.search(rf"a.csv:{line}", x) for x in summary.failures)
+  held = ledger.read(tmp_path / "out")
+  assert sum(r["status"] == "failed" for r in held) == 5
+  with pytest.raises(errors.InputError, match=r"5 of 9 clips.*a.csv:"):
+    summary.check()
 
 
 def test_a_negative_prompt_that_nothing_reads_is_told_first(
@@ -378,10 +432,8 @@ def test_a_negative_prompt_that_nothing_reads_is_told_first(
     fps=8,
   )
   monkeypatch.setattr(pipeline, "plan", plan)
-  path = tmp_path / "a.csv"
-  path.write_text("prompt,guidance_scale\na,6\nb,\n")
-  job = config(tmp_path, prompts=os.fspath(path), negative_prompt="blurry")
-  with pytest.raises(errors.InputError, match=r"a.csv:3: negative_prompt"):
+  job = config(tmp_path, prompt="a", negative_prompt="blurry")
+  with pytest.raises(errors.InputError, match="negative_prompt"):
     sample.run(job)
   assert not pipeline.calls
   assert not (tmp_path / "out").exists()
@@ -390,20 +442,24 @@ def test_a_negative_prompt_that_nothing_reads_is_told_first(
   with pytest.raises(errors.InputError, match="negative_prompt"):
     sample.run(job)
   assert (tmp_path / "out").exists()
+  path = tmp_path / "a.csv"
+  path.write_text("prompt,guidance_scale\na,6\nb,\n")
+  job = dataclasses.replace(job, prompt=None, prompts=os.fspath(path))
+  (failure,) = sample.run(job).failures
+  assert "a.csv:3: negative_prompt" in failure
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, pipeline, monkeypatch):
-  job = config(tmp_path, prompt="a")
-  sample.run(job)
+  sample.run(config(tmp_path, prompt="a"))
   before = (tmp_path / "out/clips.jsonl").read_bytes()
-  monkeypatch.setattr(video, "write_mp4", lambda *arguments: None)
+  monkeypatch.setattr(clips, "write", lambda *arguments: [])
 
   def fail(descriptor):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   monkeypatch.setattr(os, "fsync", fail)
   with pytest.raises(errors.StorageError, match=r"clips.jsonl.*No space"):
-    sample.run(job)
+    sample.run(config(tmp_path, prompt="b"))
   assert (tmp_path / "out/clips.jsonl").read_bytes() == before
 
 
@@ -420,7 +476,8 @@ def test_plain_progress_lines(tmp_path, pipeline):
   assert lines[3] == "clip 1/2 step 1/3"
   assert lines[4].startswith("clip 1/2 step 2/3, ")
   assert " s/step, " in lines[4]
-  assert sum(line.startswith("clip 2/2") for line in lines) == 8
+  # A stage, three steps, its end, and the file.
+  assert sum(line.startswith("clip 2/2") for line in lines) >= 6
   assert "\x1b" not in stream.getvalue()
 
 
@@ -455,6 +512,229 @@ def test_a_bar_on_a_terminal(monkeypatch):
   assert "clip 2/5 denoise" in stream.getvalue()
   assert "2/4, 0.00 s/step, 0 s left" in stream.getvalue()
   assert "out/[a].mp4" in stream.getvalue()
+
+
+def many(tmp_path, count, **fields):
+  path = tmp_path / "many.txt"
+  path.write_text("".join(f"prompt {i}\n" for i in range(count)))
+  return config(tmp_path, prompts=os.fspath(path), **fields)
+
+
+def hashes(out):
+  return {r["name"]: r["frames_sha256"] for r in ledger.read(out)}
+
+
+def test_what_is_there_is_not_made_again(tmp_path, pipeline):
+  job = many(tmp_path, 3)
+  sample.run(job)
+  out = tmp_path / "out"
+  want, before = hashes(out), (out / "clips.jsonl").read_bytes()
+  pipeline.calls.clear()
+  del pipeline.loaded
+  summary = sample.run(job)
+  assert (summary.clips, summary.there) == (0, 3)
+  assert not pipeline.calls and not hasattr(pipeline, "loaded")
+  assert (out / "clips.jsonl").read_bytes() == before
+  assert "3 clips were in" in str(summary)
+  # A file that is gone, one that was cut short, and one that was changed.
+  one, two, three = (out / f"{name}.mp4" for name in sorted(want))
+  one.unlink()
+  two.write_bytes(two.read_bytes()[:-1])
+  data = bytearray(three.read_bytes())
+  data[-1] ^= 1
+  three.write_bytes(data)
+  assert sample.run(job).clips == 2
+  assert sample.run(job).clips == 0
+  said = io.StringIO()
+  assert sample.run(job, progress.create(said), verify=True).clips == 1
+  assert f"{three}: is not as it was written" in said.getvalue()
+  assert hashes(out) == want
+  # Another format is another file.
+  job = dataclasses.replace(job, formats=("mp4", "gif"))
+  assert sample.run(job).clips == 3
+
+
+def test_a_torn_line_and_a_lost_ledger(tmp_path, pipeline):
+  job = many(tmp_path, 3)
+  sample.run(job)
+  out = tmp_path / "out"
+  path, want = out / "clips.jsonl", hashes(out)
+  data = path.read_bytes()
+  path.write_bytes(data[:-20])
+  assert len(ledger.read(out)) == 2
+  assert sample.run(job).clips == 1
+  assert hashes(out) == want
+  assert len(path.read_bytes().splitlines()) == 3
+  path.unlink()
+  assert sample.run(job).clips == 3
+  assert hashes(out) == want
+
+
+def test_what_a_killed_job_left_is_swept(tmp_path, pipeline):
+  job = many(tmp_path, 2)
+  sample.run(job)
+  out = tmp_path / "out"
+  mine = ledger.read(out)[0]["name"]
+  leftover = out / f".{mine}.0123456789abcdef.tmp.mp4"
+  leftover.write_bytes(b"half")
+  folder = out / f".{mine}.0123456789abcdef.old"
+  folder.mkdir()
+  # Another job's, which may be at work.
+  other = out / ".000009_0123456789ab.0123456789abcdef.tmp.mp4"
+  other.write_bytes(b"half")
+  sample.run(job)
+  assert not leftover.exists() and not folder.exists() and other.exists()
+
+
+def test_two_jobs_do_not_write_one_ledger(tmp_path, pipeline):
+  job = many(tmp_path, 2)
+  (tmp_path / "out").mkdir()
+  held = ledger.Ledger(tmp_path / "out")
+  with pytest.raises(errors.InputError, match="another job is writing"):
+    sample.run(job)
+  # A part of the work has a ledger of its own.
+  assert sample.run(dataclasses.replace(job, shard="1/2")).clips == 1
+  held.close()
+
+
+def test_shards_share_the_work(tmp_path, pipeline):
+  whole = many(tmp_path, 7, batch_size=2)
+  sample.run(whole)
+  want = hashes(tmp_path / "out")
+  parts = dataclasses.replace(whole, out=os.fspath(tmp_path / "parts"))
+  counts = [
+    sample.run(dataclasses.replace(parts, shard=f"{i}/3")).clips
+    for i in range(3)
+  ]
+  assert counts == [3, 2, 2]
+  assert hashes(tmp_path / "parts") == want
+  # However the work is split: it is done.
+  pipeline.calls.clear()
+  assert sample.run(parts).there == 7
+  assert not pipeline.calls
+
+
+@pytest.mark.parametrize("shard", ["3/3", "1", "-1/2", "a/b", "0/0"])
+def test_bad_shards(tmp_path, pipeline, shard):
+  with pytest.raises(errors.InputError, match="shard must be i/n"):
+    sample.run(many(tmp_path, 2, shard=shard))
+
+
+def test_batches_have_one_shape_and_are_filled_up(tmp_path, pipeline):
+  path = tmp_path / "a.csv"
+  path.write_text("prompt,height,seed\na,,\nb,64,\nc,,5\nd,,\ne,64,\n")
+  job = config(tmp_path, prompts=os.fspath(path), batch_size=2)
+  sample.run(job)
+  calls = [(c["prompt"], c["height"], c["seed"]) for c in pipeline.calls]
+  assert calls == [
+    (["a", "c"], None, [0, 5]),
+    (["d", "d"], None, [0, 0]),
+    (["b", "e"], 64, [0, 0]),
+  ]
+  assert [c["clips"] for c in pipeline.calls] == [[0, 0], [3, 3], [1, 4]]
+  batched = hashes(tmp_path / "out")
+  assert len(batched) == 5
+  one = dataclasses.replace(job, batch_size=1, out=os.fspath(tmp_path / "one"))
+  sample.run(one)
+  assert hashes(tmp_path / "one") == batched
+
+
+def test_of_a_batch_that_fails_the_others_are_made(tmp_path, pipeline):
+  path = tmp_path / "a.txt"
+  path.write_text("a\nunlucky\nb\nc\n")
+  job = config(tmp_path, prompts=os.fspath(path), batch_size=3)
+  summary = sample.run(job)
+  assert summary.clips == 3
+  (failure,) = summary.failures
+  assert "a.txt:2: prompt: is unlucky" in failure
+  # Alone they are filled up, too: the same program makes the same bits.
+  assert all(len(call["clips"]) == 3 for call in pipeline.calls)
+
+
+def test_a_signal_stops_between_two_steps(tmp_path, pipeline, monkeypatch):
+  job = many(tmp_path, 3)
+  sampled = pipeline.sample
+
+  def sample_and_signal(prompt, **arguments):
+    if len(pipeline.calls) == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+      deadline = time.monotonic() + 10
+      while not stop[0]._asked and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return sampled(prompt, **arguments)
+
+  stop, enter = [], preemption.Preemption.__enter__
+  monkeypatch.setattr(
+    preemption.Preemption,
+    "__enter__",
+    lambda self: stop.append(self) or enter(self),
+  )
+  monkeypatch.setattr(pipeline, "sample", sample_and_signal)
+  with pytest.raises(errors.PreemptedError, match="the same command"):
+    sample.run(job)
+  assert [r["index"] for r in ledger.read(tmp_path / "out")] == [0]
+  monkeypatch.undo()
+
+
+def test_writing_goes_on_beside_sampling(tmp_path, pipeline, monkeypatch):
+  written, sampled = threading.Event(), threading.Event()
+  write, make = clips.write, pipeline.sample
+
+  def slow(*arguments):
+    # The second clip is made before the first is written.
+    assert sampled.wait(20)
+    written.set()
+    return write(*arguments)
+
+  def second(prompt, **arguments):
+    result = make(prompt, **arguments)
+    if len(pipeline.calls) == 2:
+      assert not written.is_set()
+      sampled.set()
+    return result
+
+  monkeypatch.setattr(clips, "write", slow)
+  monkeypatch.setattr(pipeline, "sample", second)
+  assert sample.run(many(tmp_path, 3)).clips == 3
+  assert len(ledger.read(tmp_path / "out")) == 3
+
+
+def test_a_disk_that_fills_up_ends_the_job(tmp_path, pipeline, monkeypatch):
+  def full(*arguments):
+    raise errors.StorageError("out: cannot write: No space left on device.")
+
+  monkeypatch.setattr(clips, "write", full)
+  with pytest.raises(errors.StorageError, match="No space"):
+    sample.run(many(tmp_path, 40))
+  # What waits to be written is bounded.
+  assert len(pipeline.calls) < 10
+
+
+def test_prompts_of_an_array_record_and_of_a_data_set(tmp_path, pipeline):
+  path = tmp_path / "a.array_record"
+  writer = array_record_module.ArrayRecordWriter(
+    os.fspath(path), "group_size:1"
+  )
+  for record in ('{"prompt": "a", "seed": 4}', "b", '{"promt": "c"}'):
+    writer.write(record.encode())
+  writer.close()
+  summary = sample.run(config(tmp_path, prompts=os.fspath(path)))
+  assert [(c["prompt"], c["seed"]) for c in pipeline.calls] == [
+    ("a", 4),
+    ("b", 0),
+  ]
+  (failure,) = summary.failures
+  assert "a.array_record:3: unknown field 'promt'" in failure
+  prepare.run(
+    prepare.PrepareConfig(
+      "moving_shapes", os.fspath(tmp_path / "data"), num_clips=40
+    )
+  )
+  (folder,) = (tmp_path / "data/moving_shapes").iterdir()
+  lines = prompts.read(f"{folder}:train")
+  assert len(lines) == 40 and all(" " in line.prompt for line in lines)
+  with pytest.raises(errors.InputError, match=r"has the splits .*train"):
+    prompts.read(f"{folder}:tran")
 
 
 def test_compiling_is_counted_apart():
@@ -497,6 +777,10 @@ def test_the_summary_is_a_table():
     "  samples/0.mp4",
     "  samples/1.mp4",
   ]
+  summary.clips, summary.busy = 3, 0.987
+  summary.there, summary.failures = 4, ["a.txt:1: is bad."]
+  assert re.search(r"devices at work +99 % of the time", str(summary))
+  assert "3 clips in samples, beside 4 there before, 1 failed:" in str(summary)
   assert str(summary).endswith("... and 10 more")
 
 

@@ -35,8 +35,9 @@ def load(
     lora: A LoRA file in the diffusers layout, merged into the weights; or
       several, each with its weight.
     lora_scale: Factor of the LoRA.
-    check: Is called with the model before its weights are read; what it raises
-      ends the loading. Plans that it returns are compiled meanwhile.
+    check: Is called with the model and its folder before its weights are read;
+      what it raises ends the loading. Plans that it returns are compiled
+      meanwhile.
     executables: A folder of `vidgen compile --save`, of which programs are
       taken that would be compiled otherwise.
 

@@ -263,12 +263,18 @@ def clips(
   return np.asarray(ids, np.uint32)
 
 
-def seed(value: Any) -> int:
-  """Returns the seed; jax.random.key would repeat itself from 2^32 on."""
-  value = whole("seed", value)
-  if value is None or not 0 <= value < 2**32:
-    raise errors.InputError(f"seed: {value} is not in [0, 2^32).")
-  return value
+def seeds(value: Any, count: int) -> UInt32[np.ndarray, " b"]:
+  """Returns the seed of each clip; one serves all.
+
+  From 2^32 on jax.random.key would repeat itself.
+  """
+  several = isinstance(value, list | tuple | np.ndarray)
+  values = _each("seed", list(value) if several else [value], count)
+  found = [whole("seed", one) for one in values]
+  for one in found:
+    if one is None or not 0 <= one < 2**32:
+      raise errors.InputError(f"seed: {one} is not in [0, 2^32).")
+  return np.array(found, np.uint32)
 
 
 def latents(

@@ -92,7 +92,7 @@ def run(
       progress.seconds.clear()
       progress.clip(number + 1, runs + 1)
       start = time.perf_counter()
-      _, frames = sample.make(pipeline, clip, config, progress)
+      ((_, frames),) = sample.make(pipeline, [clip], config, progress)
       times.append(time.perf_counter() - start)
       stages.append(dict(progress.seconds))
       if number == 0:

@@ -37,7 +37,8 @@ def load(
   residency: str,
   lora: str | Mapping[str, float] | None,
   lora_scale: float,
-  check: Callable[[base.Model], Iterable[base.Plan] | None] | None,
+  check: Callable[[base.Model, pathlib.Path], Iterable[base.Plan] | None]
+  | None,
   programs: str | None,
 ) -> Pipeline:
   """Loads a checkpoint; see `vidgen.load`."""
@@ -59,7 +60,7 @@ def load(
     sharding.make_mesh(sizes or None)
   folder = checkpoint.resolve(path_or_hub_id, revision)
   model = base.find_family(folder).open_model(folder, dtype)
-  plans = (check(model) if check is not None else None) or ()
+  plans = (check(model, folder) if check is not None else None) or ()
   memory = layouts.memory_of(jax.local_devices()[0])
   mesh, why = layouts.make(
     mesh, lambda: need(model, plans, dtype, residency, memory)

@@ -126,7 +126,7 @@ class Pipeline:
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     latents: Any = None,
     output: str = "uint8",
     *,
@@ -155,7 +155,7 @@ class Pipeline:
       num_steps: Denoising steps.
       guidance_scale: Classifier-free guidance; at most 1 is none.
       sampler: "ddim", which is "euler", too, or "dpmpp_2m_sde".
-      seed: With a clip's id, it decides the clip's noise.
+      seed: With a clip's id, it decides the clip's noise; one, or one for each.
       latents: Replaces the initial unit-variance noise, `b f h w c`.
       output: "uint8" is `b F H W 3`, "float" the same in [0, 1], "latents" the
         scaled latents `b f h w c` without padding.
@@ -173,7 +173,7 @@ class Pipeline:
     memory = arguments.flags(tiling=tiling, slicing=slicing)
     prompts, negatives = self._texts(prompt, negative_prompt, image)
     arguments.check_output(output)
-    seed = arguments.seed(seed)
+    seeds = arguments.seeds(seed, len(prompts))
     clips = arguments.clips(clips, len(prompts))
     videos = None
     if video is not None:
@@ -201,7 +201,7 @@ class Pipeline:
       latents = arguments.latents(latents, (len(prompts), *plan.latents))
 
     with sharding.use(self.mesh):
-      keys = functools.partial(samplers.keys, seed, clips)
+      keys = functools.partial(samplers.keys, seeds, clips)
       condition, unconditional = self._condition(
         prompts, negatives, images, plan, keys, memory, progress
       )

@@ -13,10 +13,14 @@ import jax
 import rich.console
 import rich.progress
 
+from vidgen import errors
+
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 # How many files a summary names.
 _LISTED = 20
+# Seconds between two lines that say how a job of many clips stands.
+_TALLY = 30
 
 
 class Progress:
@@ -34,6 +38,8 @@ class Progress:
     self.seconds: dict[str, float] = {}
     self.compile_seconds = 0.0
     self.number, self.total = 0, 0
+    self.made, self.failed = 0, 0
+    self._first: tuple[int, float] | None = None
 
   def __enter__(self) -> "Progress":
     jax.monitoring.register_event_duration_secs_listener(self._listen)
@@ -47,9 +53,38 @@ class Progress:
     if event == COMPILE_EVENT:
       self.compile_seconds += seconds
 
-  def clip(self, number: int, total: int) -> None:
-    """Says that clip `number` of `total` begins, counted from 1."""
-    self.number, self.total = number, total
+  def clip(
+    self, number: int, total: int, failed: int = 0, made: int = 0
+  ) -> None:
+    """Says that clip `number` of `total` begins, counted from 1.
+
+    Args:
+      number: Of those that are there or begun; failures are counted apart.
+      total: Of the whole job.
+      failed: How many could not be made.
+      made: How many this process has made.
+    """
+    self.number, self.total, self.failed = number, total, failed
+    self.made = made
+    if self._first is None and made:
+      # The first ones compiled.
+      self._first = made, time.perf_counter()
+
+  def tally(self) -> str:
+    """Returns how a job of many clips stands, in a line."""
+    done = max(0, self.number - 1)
+    parts = [f"{done}/{self.total} clips"]
+    if self.failed:
+      parts.append(f"{self.failed} failed")
+    if self._first is not None and self.made > self._first[0]:
+      seconds = time.perf_counter() - self._first[1]
+      rate = (self.made - self._first[0]) / seconds
+      left = self.total - self.failed - done
+      parts.append(f"{3600 * rate:,.0f} an hour")
+      parts.append(f"{duration(left / rate)} left")
+    peak, what = peak_memory()
+    parts.append(f"{peak / 2**30:.1f} GiB at most ({what})")
+    return ", ".join(parts)
 
   @contextlib.contextmanager
   def stage(self, name: str) -> Iterator[None]:
@@ -107,6 +142,15 @@ class Lines(Progress):
     super().__init__()
     self._stream = stream
     self._rate, self._tenth = Rate(), 0
+    self._tallied = time.perf_counter()
+
+  def clip(
+    self, number: int, total: int, failed: int = 0, made: int = 0
+  ) -> None:
+    super().clip(number, total, failed, made)
+    if time.perf_counter() - self._tallied >= _TALLY:
+      self._tallied = time.perf_counter()
+      print(self.tally(), file=self._stream, flush=True)
 
   def say(self, text: str) -> None:
     print(f"{self._prefix()}{text}", file=self._stream, flush=True)
@@ -151,7 +195,19 @@ class Bar(Progress):
       *columns, console=rich.console.Console(file=stream), transient=True
     )
     self._task: rich.progress.TaskID | None = None
+    self._whole: rich.progress.TaskID | None = None
     self._rate = Rate()
+
+  def clip(
+    self, number: int, total: int, failed: int = 0, made: int = 0
+  ) -> None:
+    super().clip(number, total, failed, made)
+    if total < 2:
+      return
+    if self._whole is None:
+      self._whole = self._bar.add_task("job", total=total, note="")
+    done = number - 1 + failed
+    self._bar.update(self._whole, completed=done, note=self.tally())
 
   def __enter__(self) -> "Bar":
     super().__enter__()
@@ -205,6 +261,10 @@ class Summary:
     seconds: Seconds per stage, compiling left out.
     compile_seconds: Seconds that XLA compiled.
     peak_bytes: Peak memory, and `peak_of` says of what.
+    there: How many clips were there already.
+    failures: What is wrong with each that could not be made, in a line.
+    busy: The part of the time for which devices worked, from the second batch
+      on; None without one.
   """
 
   out: str
@@ -214,24 +274,55 @@ class Summary:
   compile_seconds: float
   peak_bytes: int
   peak_of: str
+  there: int = 0
+  failures: list[str] = dataclasses.field(default_factory=list)
+  busy: float | None = None
+
+  def check(self) -> None:
+    """Raises InputError if a clip could not be made."""
+    if not self.failures:
+      return
+    if self.clips + self.there == 0 and len(self.failures) == 1:
+      raise errors.InputError(self.failures[0])
+    count = len(self.failures)
+    total = count + self.clips + self.there
+    raise errors.InputError(
+      f"{self.out}: {count} of {total} clips could not be made, for one: "
+      f"{self.failures[0]}"
+    )
 
   def __str__(self) -> str:
     """Returns a small table."""
-    per_clip = sum(s for name, s in self.seconds.items() if name != "load")
+    if not self.clips:
+      return f"{self._counted()}; nothing was left to do."
+    beside = ("load", "write")  # One is once, the other while clips are made.
+    per_clip = sum(s for name, s in self.seconds.items() if name not in beside)
     rows = [(name, f"{s:.1f}", "s") for name, s in self.seconds.items()]
     rows.append(("compile (XLA)", f"{self.compile_seconds:.1f}", "s"))
     rows.append(("per clip", f"{per_clip / max(1, self.clips):.1f}", "s"))
+    if self.busy is not None:
+      rows.append(
+        ("devices at work", f"{100 * self.busy:.0f}", "% of the time")
+      )
     peak = f"{self.peak_bytes / 2**30:.2f}"
     rows.append(("peak memory", peak, f"GiB ({self.peak_of})"))
     left = max(len(name) for name, _, _ in rows)
     right = max(len(number) for _, number, _ in rows)
     lines = [f"{name:{left}}  {n:>{right}} {unit}" for name, n, unit in rows]
-    clips = "1 clip" if self.clips == 1 else f"{self.clips} clips"
-    lines.append(f"{clips} in {self.out}:")
+    lines.append(f"{self._counted()}:")
     lines += [f"  {file}" for file in self.files[:_LISTED]]
     if len(self.files) > _LISTED:
       lines.append(f"  ... and {len(self.files) - _LISTED} more")
     return "\n".join(lines)
+
+  def _counted(self) -> str:
+    clips = "1 clip" if self.clips == 1 else f"{self.clips} clips"
+    there = f", beside {self.there} there before" if self.there else ""
+    failed = f", {len(self.failures)} failed" if self.failures else ""
+    if not self.clips and self.there:
+      was = "1 clip was" if self.there == 1 else f"{self.there} clips were"
+      return f"{was} in {self.out} already{failed}"
+    return f"{clips} in {self.out}{there}{failed}"
 
 
 def peak_memory() -> tuple[int, str]:

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from vidgen import errors
+from vidgen import errors, prompt_records
 
 # What a line may set, and the type of each. `sample.SampleConfig` has fields
 # of the same names.
@@ -65,9 +65,22 @@ class Line:
   videos_per_prompt: int | None = None
 
 
+@dataclasses.dataclass
+class Bad:
+  """A line of which nothing can be made.
+
+  Attributes:
+    where: The file and the line.
+    error: What is wrong with it, with `where` in front.
+  """
+
+  where: str
+  error: str
+
+
 def lines(
   prompt: str | None, file: str | None, image: str | None
-) -> list[Line]:
+) -> list[Line | Bad]:
   """Returns what is to be made of a prompt, of a file of them, or of images.
 
   Args:
@@ -93,7 +106,7 @@ def lines(
       "the file of prompts name an image in each line."
     )
   if file is not None:
-    return read(file)
+    return sift(file)
   if not folder:
     return [Line(where="", prompt=prompt)]
   paths = _images_in(image)
@@ -115,21 +128,52 @@ def _images_in(folder: str) -> list[str]:
 
 
 def read(path: str | os.PathLike) -> list[Line]:
-  """Reads a file of prompts; its suffix tells the format.
-
-  A .txt has a prompt a line; a .csv a header with the column `prompt`, and any
-  other names of `TYPES`; a .jsonl an object a line. Blank lines are skipped. A
-  line with an image needs no prompt, for models that take none.
-  Paths of images and videos are relative to the file's folder.
+  """Returns the lines of a file, all of which are good; see `sift`.
 
   Raises:
     InputError: What is wrong, with file:line.
   """
-  path = pathlib.Path(path)
+  lines = sift(path)
+  for line in lines:
+    if isinstance(line, Bad):
+      raise errors.InputError(line.error)
+  return lines
+
+
+def sift(path: str | os.PathLike) -> list[Line | Bad]:
+  """Reads a file of prompts; its suffix tells the format.
+
+  A .txt has a prompt a line; a .csv a header with the column `prompt`, and any
+  other names of `TYPES`; a .jsonl an object a line. Blank lines are skipped. A
+  line with an image needs no prompt, for models that take none. An
+  .array_record has what a line of a .jsonl or of a .txt has in each record, and
+  DIR:SPLIT is a split of a data set of TFDS, of which the captions are taken.
+  Paths of images and videos are relative to the file's folder.
+
+  Raises:
+    InputError: The file as a whole cannot be read.
+  """
+  name, path = os.fspath(path), pathlib.Path(path)
+  folder, _, split = name.rpartition(":")
+  if split and (pathlib.Path(folder) / "dataset_info.json").is_file():
+    rows = prompt_records.read_dataset(pathlib.Path(folder), split)
+  elif path.suffix.lower() == ".array_record":
+    records = prompt_records.read_array_record(path)
+    rows = ((n, _from_record(f"{path}:{n}", data)) for n, data in records)
+  else:
+    rows = _read_text(path)
+  lines = [_line(path, number, values) for number, values in rows]
+  if not lines:
+    raise errors.InputError(f"{path}: holds no prompt.")
+  return lines
+
+
+def _read_text(path: pathlib.Path) -> "Rows":
   formats = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
   if path.suffix.lower() not in formats:
     raise errors.InputError(
-      f"{path}: a file of prompts is a .txt, .csv or .jsonl."
+      f"{path}: a file of prompts is a .txt, .csv, .jsonl or .array_record; "
+      "of a TFDS data set give FOLDER:SPLIT, the folder with dataset_info.json."
     )
   try:
     data = path.read_bytes()
@@ -137,11 +181,7 @@ def read(path: str | os.PathLike) -> list[Line]:
     raise errors.InputError(
       f"{path}: cannot read the prompts: {error.strerror}."
     ) from error
-  rows = formats[path.suffix.lower()](path, _decode(path, data))
-  lines = [_line(path, number, values) for number, values in rows]
-  if not lines:
-    raise errors.InputError(f"{path}: holds no prompt.")
-  return lines
+  return formats[path.suffix.lower()](path, _decode(path, data))
 
 
 def check(name: str, value: Any, where: str) -> Any:
@@ -195,35 +235,44 @@ def _is_unicode(text: str) -> bool:
   return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _decode(path: pathlib.Path, data: bytes) -> list[str]:
+def _decode(path: pathlib.Path, data: bytes) -> list[str | errors.InputError]:
   """Returns the lines; only a line feed, or CR LF, ends one."""
   if data.startswith((b"\xff\xfe", b"\xfe\xff")):
     raise errors.InputError(f"{path}:1: is UTF-16; save it as UTF-8.")
   start = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-  lines = []
+  lines: list[str | errors.InputError] = []
   for number, line in enumerate(data[start:].split(b"\n"), 1):
     try:
       lines.append(line.removesuffix(b"\r").decode("utf-8"))
     except UnicodeDecodeError as error:
-      raise errors.InputError(
-        f"{path}:{number}: is not UTF-8: byte 0x{line[error.start]:02x} at "
-        f"offset {start + error.start} of the file; save it as UTF-8."
-      ) from error
+      lines.append(
+        errors.InputError(
+          f"{path}:{number}: is not UTF-8: byte 0x{line[error.start]:02x} at "
+          f"offset {start + error.start} of the file; save it as UTF-8."
+        )
+      )
     start += len(line) + 1
   return lines
 
 
-Rows = Iterator[tuple[int, dict[str, Any]]]
+# The values of each line, or what is wrong with it.
+Rows = Iterator[tuple[int, dict[str, Any] | errors.InputError]]
 
 
-def _read_txt(path: pathlib.Path, lines: list[str]) -> Rows:
+def _read_txt(path: pathlib.Path, lines: list[str | errors.InputError]) -> Rows:
   del path
   for number, line in enumerate(lines, 1):
-    if line.strip():
+    if isinstance(line, errors.InputError):
+      yield number, line
+    elif line.strip():
       yield number, {"prompt": line.strip()}
 
 
-def _read_csv(path: pathlib.Path, lines: list[str]) -> Rows:
+def _read_csv(path: pathlib.Path, lines: list[str | errors.InputError]) -> Rows:
+  for line in lines:
+    if isinstance(line, errors.InputError):
+      # It may be part of any row.
+      raise line
   # Quoted fields may hold line breaks, so a row can span several lines.
   reader = csv.reader((line + "\n" for line in lines), strict=True)
   header, number = None, 1
@@ -234,9 +283,12 @@ def _read_csv(path: pathlib.Path, lines: list[str]) -> Rows:
         if header is None:
           header = _header(where, row)
         elif len(row) != len(header):
-          raise errors.InputError(
-            f"{where}: has {len(row)} columns, the header has "
-            f"{len(header)}; put text with commas in double quotes."
+          yield (
+            number,
+            errors.InputError(
+              f"{where}: has {len(row)} columns, the header has "
+              f"{len(header)}; put text with commas in double quotes."
+            ),
           )
         else:
           cells = zip(header, (cell.strip() for cell in row), strict=True)
@@ -274,26 +326,47 @@ def _number(name: str, text: str) -> Any:
     return text
 
 
-def _read_jsonl(path: pathlib.Path, lines: list[str]) -> Rows:
+def _read_jsonl(
+  path: pathlib.Path, lines: list[str | errors.InputError]
+) -> Rows:
   for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    where = f"{path}:{number}"
-    try:
-      values = json.loads(line, object_pairs_hook=_pairs)
-    except json.JSONDecodeError as error:
-      raise errors.InputError(
-        f"{where}: is not JSON: {error.msg} at column {error.colno}."
-      ) from error
-    except (ValueError, RecursionError) as error:
-      raise errors.InputError(f"{where}: is not JSON: {error}.") from error
-    if not isinstance(values, dict):
-      raise errors.InputError(
-        f'{where}: must be an object such as {{"prompt": "A panda."}}.'
-      )
+    if isinstance(line, errors.InputError):
+      yield number, line
+    elif line.strip():
+      yield number, _from_json(f"{path}:{number}", line)
+
+
+def _from_record(where: str, data: bytes) -> dict[str, Any] | errors.InputError:
+  """Returns what a record says: an object of JSON, or else a prompt."""
+  try:
+    text = data.decode("utf-8").strip()
+  except UnicodeDecodeError:
+    return errors.InputError(f"{where}: is not UTF-8.")
+  if text.startswith("{"):
+    return _from_json(where, text)
+  return {"prompt": text}
+
+
+def _from_json(where: str, text: str) -> dict[str, Any] | errors.InputError:
+  """Returns what an object of JSON says."""
+  try:
+    values = json.loads(text, object_pairs_hook=_pairs)
+  except json.JSONDecodeError as error:
+    return errors.InputError(
+      f"{where}: is not JSON: {error.msg} at column {error.colno}."
+    )
+  except (ValueError, RecursionError) as error:
+    return errors.InputError(f"{where}: is not JSON: {error}.")
+  if not isinstance(values, dict):
+    return errors.InputError(
+      f'{where}: must be an object such as {{"prompt": "A panda."}}.'
+    )
+  try:
     for name in values:
       _known(where, name)
-    yield number, {k: v for k, v in values.items() if v is not None}
+  except errors.InputError as error:
+    return error
+  return {k: v for k, v in values.items() if v is not None}
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -312,14 +385,21 @@ def _known(where: str, name: str) -> None:
     )
 
 
-def _line(path: pathlib.Path, number: int, values: dict[str, Any]) -> Line:
+def _line(
+  path: pathlib.Path, number: int, values: dict[str, Any] | errors.InputError
+) -> Line | Bad:
   """Checks the values of a line."""
   where = f"{path}:{number}"
-  values = {name: check(name, v, where) for name, v in values.items()}
-  if "prompt" in values and not values["prompt"].strip():
-    raise errors.InputError(f"{where}: has no prompt.")
-  if not {"prompt", "image"} & values.keys():
-    raise errors.InputError(f"{where}: has no prompt.")
+  try:
+    if isinstance(values, errors.InputError):
+      raise values
+    values = {name: check(name, v, where) for name, v in values.items()}
+    if "prompt" in values and not values["prompt"].strip():
+      raise errors.InputError(f"{where}: has no prompt.")
+    if not {"prompt", "image"} & values.keys():
+      raise errors.InputError(f"{where}: has no prompt.")
+  except errors.InputError as error:
+    return Bad(where, str(error))
   for name in ("image", "video"):
     if name in values:
       values[name] = os.fspath(path.parent / values[name])

@@ -126,14 +126,16 @@ def init(x: Float[Array, " b *shape"]) -> State:
 
 
 def keys(
-  seed: int, clips: UInt32[np.ndarray, " b"], purpose: int
+  seeds: int | UInt32[np.ndarray, " b"],
+  clips: UInt32[np.ndarray, " b"],
+  purpose: int,
 ) -> Key[Array, " b"]:
-  """Returns a key for each clip that depends on nothing but its own id."""
-  root = jax.random.key(seed)
-  fold = lambda clip: jax.random.fold_in(
-    jax.random.fold_in(root, clip), purpose
+  """Returns a key for each clip, of nothing but its own seed and id."""
+  seeds = np.broadcast_to(np.asarray(seeds, np.uint32), clips.shape)
+  fold = lambda seed, clip: jax.random.fold_in(
+    jax.random.fold_in(jax.random.key(seed), clip), purpose
   )
-  return jax.vmap(fold)(jnp.asarray(clips))
+  return jax.vmap(fold)(jnp.asarray(seeds), jnp.asarray(clips))
 
 
 def normal(

@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import warnings
@@ -59,13 +60,13 @@ def atomic(path: Path) -> Iterator[pathlib.Path]:
   """
   path = pathlib.Path(path)
   # The suffix stays last: it tells encoders the format.
-  temporary = path.with_name(f".{secrets.token_hex(8)}.tmp{path.suffix}")
+  temporary = _beside(path, f"tmp{path.suffix}")
   try:
     yield temporary
     _sync(temporary)
     if temporary.is_dir() and path.is_dir():
       # A folder cannot be renamed onto a full one.
-      old = path.with_name(f".{secrets.token_hex(8)}.old")
+      old = _beside(path, "old")
       os.rename(path, old)
       os.rename(temporary, path)
       shutil.rmtree(old)
@@ -79,6 +80,33 @@ def atomic(path: Path) -> Iterator[pathlib.Path]:
       shutil.rmtree(temporary, ignore_errors=True)
     else:
       temporary.unlink(missing_ok=True)
+
+
+def _beside(path: pathlib.Path, kind: str) -> pathlib.Path:
+  """Returns a hidden name that tells whose it is."""
+  short = path.stem.isascii() and len(path.stem) <= 100
+  stem = path.stem if short else "long"
+  return path.with_name(f".{stem}.{secrets.token_hex(8)}.{kind}")
+
+
+_HIDDEN = re.compile(r"\.(.+)\.[0-9a-f]{16}\.(tmp|old)(\.\w+)?")
+
+
+def target_of(path: Path) -> str | None:
+  """Returns the stem of what a temporary file was to become; None: it is none.
+
+  A killed process leaves such files behind.
+  """
+  found = _HIDDEN.fullmatch(pathlib.Path(path).name)
+  return found[1] if found else None
+
+
+def remove(path: Path) -> None:
+  """Removes a file or a folder, if it is there."""
+  if os.path.isdir(path):
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    pathlib.Path(path).unlink(missing_ok=True)
 
 
 def storage_error(path: Path, error: OSError) -> errors.StorageError:

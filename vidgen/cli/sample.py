@@ -2,10 +2,15 @@
 
 usage: vidgen sample --prompt=TEXT | --prompts=FILE | --image=FILE [flags]
 
+What is there already is not made again: a job that was killed goes on where it
+was, by the same command.
+
 what to make
   --prompt=TEXT       one prompt
   --prompts=FILE      many: a .txt with a prompt a line, or a .csv or .jsonl
-                      whose columns or keys may override fields, line by line
+                      whose columns or keys may override fields, line by line;
+                      an .array_record of such lines; or DIR:SPLIT of a TFDS
+                      data set, of which the captions are taken
   --image=FILE        the first frame, for checkpoints that start from one; a
                       folder makes a clip of each image in it. Checkpoints that
                       take no text need no prompt
@@ -15,7 +20,10 @@ what to make
 with what, and where to
   --checkpoint=NAME   a folder in either layout, or a hub id; demo, the small
                       model that vidgen carries, by default
-  --out=DIR           samples by default; DIR/clips.jsonl lists the videos
+  --out=DIR           samples by default; DIR/clips.jsonl says what became of
+                      each video
+  --shard=i/n         part i of n, counted from 0: jobs that share a DIR
+  --verify            read what is there again, and make anew what is damaged
   --config=FILE       a Python file whose get_config() returns all of this;
                       see configs/
 
@@ -25,7 +33,8 @@ any field of the config, --config.FIELD=VALUE
   model    revision dtype lora lora.FILE=WEIGHT lora_scale options.NAME
   memory   mesh.AXIS residency tiling executables
   files    formats (some of mp4,gif,png,npz)
-  as above prompt prompts image video seed checkpoint out
+  batches  batch_size
+  as above prompt prompts image video seed checkpoint out shard
 
 example
   vidgen sample --prompt="A small red circle moves to the right."
@@ -42,7 +51,7 @@ from vidgen import progress, sample
 from vidgen.cli import cache, default_sample_config, parse
 
 # Flags that set a field of the config, for they are used so often.
-_TEXT = ("prompt", "prompts", "checkpoint", "out", "image", "video")
+_TEXT = ("prompt", "prompts", "checkpoint", "out", "image", "video", "shard")
 
 
 def define(values: flags.FlagValues, argv: list[str]) -> None:
@@ -52,6 +61,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   for name in _TEXT:
     flags.DEFINE_string(name, None, "", flag_values=values)
   flags.DEFINE_integer("seed", None, "", flag_values=values)
+  flags.DEFINE_bool("verify", False, "", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:
@@ -67,4 +77,7 @@ def run(values: flags.FlagValues) -> None:
   for name, value in given.items():
     setattr(config, name, value)
   cache.enable()
-  print(sample.run(config, progress.create(sys.stderr)))
+  told = progress.create(sys.stderr)
+  summary = sample.run(config, told, verify=values["verify"].value)
+  print(summary, flush=True)
+  summary.check()

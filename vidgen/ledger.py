@@ -1,0 +1,177 @@
+"""The ledger of a sampling job: what became of each clip, a line each.
+
+A folder has one file for each shard of the job. Lines are only ever appended:
+of a name, which is one clip, the last counts. A line that a killed job left
+half written counts for nothing, and is cut off when the job goes on.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from vidgen import errors, video
+
+FILE = "clips.jsonl"
+DONE, FAILED = "done", "failed"
+
+
+def file_name(shard: int = 0, shards: int = 1) -> str:
+  """Returns the name of a shard's file."""
+  if shards == 1:
+    return FILE
+  return f"clips-{shard:05d}-of-{shards:05d}.jsonl"
+
+
+def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
+  """Returns what became of each clip of a folder, in the order of the index.
+
+  A failure is dropped where another line is of the same index: it was mended,
+  or tried again.
+  """
+  records: dict[Any, dict[str, Any]] = {}
+  for path in sorted(pathlib.Path(folder).glob("clips*.jsonl")):
+    for record in _lines(path):
+      key = record["name"] or ("unnamed", record["index"])
+      records.pop(key, None)
+      records[key] = record
+  last = {record["index"]: record for record in records.values()}
+  kept = [
+    record
+    for record in records.values()
+    if record["status"] == DONE or last[record["index"]] is record
+  ]
+  return sorted(kept, key=lambda record: record["index"])
+
+
+def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The whole lines of a file."""
+  result = []
+  for line in path.read_bytes().split(b"\n"):
+    try:
+      record = json.loads(line)
+      record["index"] = int(record["index"])
+      files = record.setdefault("files", [])
+      stem = os.path.splitext(files[0])[0] if files else None
+      record.setdefault("name", stem)
+      record.setdefault("status", DONE)
+    except (ValueError, TypeError, KeyError):
+      continue
+    result.append(record)
+  return result
+
+
+def damage(
+  folder: pathlib.Path, record: Mapping[str, Any], hashes: bool = False
+) -> str | None:
+  """Returns what is wrong with a clip's files; None: nothing is.
+
+  Args:
+    folder: Of the job.
+    record: Of a clip that is done.
+    hashes: Whether every byte is read, rather than the sizes compared.
+  """
+  for name in record["files"]:
+    path = folder / name
+    if not path.exists():
+      return f"{path}: is missing"
+    size = record.get("bytes", {}).get(name)
+    if size is None:
+      return f"{path}: the ledger has no size of it"
+    if size != size_of(path):
+      return f"{path}: has another size than was written"
+    if hashes and digest(path) != record["sha256"][name]:
+      return f"{path}: is not as it was written"
+  return None
+
+
+def size_of(path: pathlib.Path) -> int:
+  """Returns the bytes of a file, or of all files in a folder."""
+  if not path.is_dir():
+    return path.stat().st_size
+  return sum(item.stat().st_size for item in path.iterdir())
+
+
+def digest(path: pathlib.Path) -> str:
+  """Returns the SHA-256 of a file; of a folder that of its files' in order."""
+  if path.is_dir():
+    parts = "".join(digest(item) for item in sorted(path.iterdir()))
+    return hashlib.sha256(parts.encode()).hexdigest()
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Ledger:
+  """A shard's file while its job runs, which it keeps from other jobs."""
+
+  def __init__(self, folder: pathlib.Path, shard: int = 0, shards: int = 1):
+    """Opens the file, and cuts off what was written by half.
+
+    Raises:
+      InputError: Another job writes it.
+      StorageError: It cannot be written.
+    """
+    self.path = folder / file_name(shard, shards)
+    try:
+      self._file = self.path.open("ab+", buffering=0)
+      try:
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        self._file.close()
+        raise errors.InputError(
+          f"{self.path}: another job is writing it; wait for its end, choose "
+          "another --out, or split the work by --shard=i/n."
+        ) from error
+      except OSError as error:
+        # Some file systems have no locks.
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+          raise
+      self._cut()
+    except OSError as error:
+      if isinstance(error, errors.VidgenError):
+        raise
+      raise video.storage_error(self.path, error) from error
+
+  def _cut(self) -> None:
+    """Ends the file after its last whole line."""
+    end = self._file.seek(0, os.SEEK_END)
+    while end:
+      start = max(0, end - 2**16)
+      self._file.seek(start)
+      found = self._file.read(end - start).rfind(b"\n")
+      if found >= 0:
+        end = start + found + 1
+        break
+      end = start
+    self._file.truncate(end)
+
+  def append(self, record: Mapping[str, Any]) -> None:
+    """Appends a line, and flushes it to the disk.
+
+    Raises:
+      StorageError: It could not be written; nothing of it is left.
+    """
+    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    end = self._file.seek(0, os.SEEK_END)
+    try:
+      try:
+        if self._file.write(line) < len(line):
+          raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(self._file.fileno())
+      except OSError:
+        # Half a line would spoil the list for whoever reads it.
+        self._file.truncate(end)
+        raise
+    except OSError as error:
+      raise video.storage_error(self.path, error) from error
+
+  def close(self) -> None:
+    """Lets go of the file; it goes where nothing was written."""
+    empty = self._file.seek(0, os.SEEK_END) == 0
+    if empty:
+      self.path.unlink(missing_ok=True)
+    self._file.close()
