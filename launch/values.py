@@ -244,12 +244,15 @@ def _check(values: Values) -> None:
   if not values.mount.startswith("/"):
     raise ValuesError(f"mount: {values.mount!r} is no absolute path.")
   found = machines(values)
-  if values.command[0] == "sample" and (
-    found.slices * found.hosts * values.processes > 1
-  ):
+  if values.command[0] != "sample":
+    return
+  if values.processes > 1:
+    raise ValuesError("processes: sample runs in one process a host.")
+  if found.sides and found.slices * found.hosts > 1:
     raise ValuesError(
-      "command: sample runs in one process; choose a topology of one host, or "
-      "start one run for each part of the prompts."
+      "command: sample runs on each host by itself, and the chips of a slice "
+      "start together only; choose a topology of one host, and start one run "
+      "for each part of the prompts, with --shard=i/n."
     )
 
 

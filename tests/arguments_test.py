@@ -16,9 +16,11 @@ WRONG = {
   "guidance_scale": lambda: arguments.number("guidance_scale", "6"),
   "strength": lambda: arguments.number("strength", [0.5]),
   "sampler": lambda: arguments.request({}, None, ["ddim"], None, None, {}),
-  "seed": lambda: arguments.seed(1.5),
-  "seed 2": lambda: arguments.seed(None),
-  "seed 3": lambda: arguments.seed(2**32),
+  "seed": lambda: arguments.seeds(1.5, 1),
+  "seed 2": lambda: arguments.seeds(None, 2),
+  "seed 3": lambda: arguments.seeds(2**32, 1),
+  "seed 4": lambda: arguments.seeds([0, 1], 3),
+  "seed 5": lambda: arguments.seeds([0, -1], 2),
   "clips": lambda: arguments.clips([1.7], 1),
   "clips 2": lambda: arguments.clips("a", 1),
   "clips 3": lambda: arguments.clips([-1], 1),
@@ -45,7 +47,8 @@ def test_numbers_of_numpy_are_numbers():
   assert arguments.whole("n", None) is None
   assert arguments.number("n", np.float32(0.5)) == 0.5
   assert arguments.number("n", 6) == 6.0
-  assert arguments.seed(np.uint8(3)) == 3
+  assert arguments.seeds(np.uint8(3), 2).tolist() == [3, 3]
+  assert arguments.seeds((2**32 - 1, 0), 2).tolist() == [2**32 - 1, 0]
 
 
 def test_one_video_serves_all_and_is_cut():

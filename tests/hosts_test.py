@@ -536,3 +536,17 @@ def test_strangers():
   assert threading.active_count() == 1 or not any(
     thread.name == "rollcall" for thread in threading.enumerate()
   )
+
+
+def test_a_part_of_work_that_is_done_apart(monkeypatch):
+  by_hand = {
+    hosts.COORDINATOR: "one:99",
+    hosts.PROCESSES: "4",
+    hosts.PROCESS: "2",
+  }
+  assert hosts.part(by_hand) == "2/4"
+  assert hosts.part({}) is None
+  assert hosts.part({**by_hand, hosts.PROCESSES: "1"}) is None
+  monkeypatch.setattr(hosts, "_has_tpu", lambda environ: True)
+  with pytest.raises(errors.InputError, match="one of 4 hosts of a TPU slice"):
+    hosts.part(by_hand)

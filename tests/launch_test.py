@@ -546,7 +546,12 @@ def test_topologies(topology, want):
     ("gke_jobset", {"command": ["train", 1]}, "not a list of texts"),
     ("gke_jobset", {"command": ["rm"]}, "begin with train or sample"),
     ("gke_jobset", {"command": ["train", "--workdir=x"]}, "--workdir comes"),
-    ("gke_jobset", {"command": ["sample"]}, "sample runs in one process"),
+    ("gke_jobset", {"command": ["sample"]}, "start together only"),
+    (
+      "gke_jobset",
+      {"command": ["sample"], "topology": "gpu:8", "processes": 8},
+      "one process a host",
+    ),
     ("gke_jobset", {"env": {"A B": "x"}}, "'A B' is no name"),
     ("gke_jobset", {"workdir": "a\nb"}, "line break"),
     ("gke_jobset", {"workdir": "gs://bucket"}, "gs://BUCKET/FOLDER"),

@@ -80,6 +80,12 @@ def test_a_seed_and_a_clip_decide_a_video(loaded):
   assert np.abs(batch[0] - batch[1]).max() > 0.1
   other = loaded.sample(PROMPT, seed=4, clips=[5], **kwargs)
   assert np.abs(other - first).max() > 0.1
+  # Of a batch's size bits may depend, and of nothing else: not on neighbours,
+  # not on the place.
+  moved = loaded.sample(["Else.", PROMPT], seed=[8, 3], clips=[7, 5], **kwargs)
+  np.testing.assert_array_equal(moved[1], batch[1])
+  moved = loaded.sample([PROMPT, "Else."], seed=[3, 8], clips=[5, 7], **kwargs)
+  np.testing.assert_array_equal(moved[0], batch[1])
 
 
 def test_progress_changes_no_bits_and_hears_every_step(loaded):

@@ -119,6 +119,25 @@ def find(
   return Place(**found)
 
 
+def part(environ: Mapping[str, str]) -> str | None:
+  """Returns "i/n", this process's part of work that is done apart; None alone.
+
+  Raises:
+    InputError: It is one of several hosts of a TPU slice, whose chips do not
+      work without one another.
+  """
+  place = find(environ)
+  if place is None:
+    return None
+  if _has_tpu(environ):
+    raise errors.InputError(
+      f"sample: this is one of {place.processes} hosts of a TPU slice, whose "
+      "chips start together only; take slices of one host, and give each "
+      f"--shard=i/n and {PROCESSES}=1."
+    )
+  return f"{place.process}/{place.processes}"
+
+
 def _by_hand(environ: Mapping[str, str]) -> dict[str, Any] | None:
   """A place of plain addresses."""
   if COORDINATOR not in environ:

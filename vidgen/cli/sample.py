@@ -22,7 +22,8 @@ with what, and where to
                       model that vidgen carries, by default
   --out=DIR           samples by default; DIR/clips.jsonl says what became of
                       each video
-  --shard=i/n         part i of n, counted from 0: jobs that share a DIR
+  --shard=i/n         part i of n, counted from 0: jobs that share a DIR. On
+                      several hosts each takes its own part
   --verify            read what is there again, and make anew what is damaged
   --config=FILE       a Python file whose get_config() returns all of this;
                       see configs/
@@ -47,7 +48,7 @@ import sys
 
 from absl import flags
 
-from vidgen import progress, sample
+from vidgen import hosts, progress, sample
 from vidgen.cli import cache, default_sample_config, parse
 
 # Flags that set a field of the config, for they are used so often.
@@ -76,6 +77,8 @@ def run(values: flags.FlagValues) -> None:
       setattr(config, other, None)
   for name, value in given.items():
     setattr(config, name, value)
+  if "shard" not in given and (part := hosts.part(os.environ)):
+    config.shard = part
   cache.enable()
   told = progress.create(sys.stderr)
   summary = sample.run(config, told, verify=values["verify"].value)
