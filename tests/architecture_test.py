@@ -31,7 +31,7 @@ LAYERS = (
   {"executables", "hlo"},
   {"arguments", "ahead", "pipeline", "interpolation", "loading"},
   {"tasks"},
-  {"prompts", "sample", "bench", "prepare", "train", "encode"},
+  {"prompts", "sample", "bench", "prepare", "train", "encode", "evaluate"},
   {"topology", "compile", "programs"},
   {"cli"},
 )

