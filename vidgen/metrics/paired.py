@@ -13,7 +13,7 @@ from vidgen.metrics import lpips, pixels
 
 
 def psnr(
-  x: UInt8[np.ndarray, "F H W 3"], y: UInt8[np.ndarray, "F H W 3"]
+  x: UInt8[np.ndarray, "F H W 3"], y: UInt8[np.ndarray, "f h w 3"]
 ) -> float:
   """Returns the peak signal-to-noise ratio in dB; the peak is 255.
 
@@ -34,7 +34,7 @@ def psnr(
 
 
 def ssim(
-  x: UInt8[np.ndarray, "F H W 3"], y: UInt8[np.ndarray, "F H W 3"]
+  x: UInt8[np.ndarray, "F H W 3"], y: UInt8[np.ndarray, "f h w 3"]
 ) -> float:
   """Returns the mean structural similarity of the frames; see `pixels.ssim`.
 

@@ -22,7 +22,7 @@ _ARRAYS = ".npz"
 
 # Of several files of one clip, the first of these is read: those that lose
 # nothing go first. A folder of frames has no suffix.
-_PREFERRED = ("", _ARRAYS, *VIDEOS)
+PREFERRED = ("", _ARRAYS, *VIDEOS)
 
 _JOBS_NAME = re.compile(r"(\d{6,})_[0-9a-f]{12}")
 
@@ -54,11 +54,18 @@ class Video(NamedTuple):
   sha256: str
 
 
-def find(path: str | os.PathLike) -> list[Item]:
+def find(
+  path: str | os.PathLike, preferred: Sequence[str] = PREFERRED
+) -> list[Item]:
   """Returns the videos of a job's folder, of any folder, or of one file.
 
   In order of the job's indices, or of the names. Clips that the job could not
   make are in the list, with their problem.
+
+  Args:
+    path: The folder or the file.
+    preferred: Suffixes; of several files of one clip of a job, that of the
+      first of these is taken.
 
   Raises:
     InputError: There is no such file or folder, or no video in it.
@@ -70,7 +77,7 @@ def find(path: str | os.PathLike) -> list[Item]:
   if not path.is_dir():
     raise errors.InputError(f"{path}: there is no such file or folder.")
   if any(path.glob("clips*.jsonl")):
-    items = [_of_record(path, record) for record in read(path)]
+    items = [_of_record(path, r, preferred) for r in read(path)]
   elif _frames_in(path):
     items = [_item(path.name, path)]
   else:
@@ -163,7 +170,9 @@ def _item(name: str, path: pathlib.Path) -> Item:
   return Item(name, path, int(match[1]) if match else None)
 
 
-def _of_record(folder: pathlib.Path, record: dict[str, Any]) -> Item:
+def _of_record(
+  folder: pathlib.Path, record: dict[str, Any], preferred: Sequence[str]
+) -> Item:
   """Returns the clip of a line of a job's list."""
   index, prompt = record["index"], record.get("prompt")
   files = [f for f in record.get("files", []) if tensorheader.is_plain(f)]
@@ -172,8 +181,9 @@ def _of_record(folder: pathlib.Path, record: dict[str, Any]) -> Item:
   item = Item(name, None, index, prompt)
   if record.get("status", "done") != "done":
     return item._replace(problem=f"failed: {record.get('error')}")
-  known = [f for f in files if pathlib.PurePath(f).suffix in _PREFERRED]
-  known.sort(key=lambda f: _PREFERRED.index(pathlib.PurePath(f).suffix))
+  suffix = lambda f: pathlib.PurePath(f).suffix
+  known = [f for f in files if suffix(f) in preferred]
+  known.sort(key=lambda f: preferred.index(suffix(f)))
   # The latents of a clip are no video, and stand beside one or not.
   known = [f for f in known if not f.endswith(_ARRAYS)] or known
   there = [f for f in known if (folder / f).exists()]
@@ -194,12 +204,12 @@ def _of_folder(folder: pathlib.Path) -> list[Item]:
     if path.is_dir():
       if not _frames_in(path):
         continue
-    elif path.suffix.lower() not in _PREFERRED[1:]:
+    elif path.suffix.lower() not in PREFERRED[1:]:
       continue
     name = (
       place.as_posix() if path.is_dir() else place.with_suffix("").as_posix()
     )
-    rank = lambda p: _PREFERRED.index("" if p.is_dir() else p.suffix.lower())
+    rank = lambda p: PREFERRED.index("" if p.is_dir() else p.suffix.lower())
     if name not in found or rank(path) < rank(found[name]):
       found[name] = path
   return [_item(name, found[name]) for name in sorted(found)]
