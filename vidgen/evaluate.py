@@ -11,6 +11,7 @@ import numpy as np
 
 from vidgen import errors, progress, prompts, version, video
 from vidgen.metrics import (
+  clip_score,
   collect,
   distributions,
   i3d,
@@ -24,7 +25,7 @@ from vidgen.metrics import (
 )
 
 PAIRED = ("psnr", "ssim", "lpips")
-SINGLE = ("flicker", "temporal_flickering", "warp_error")
+SINGLE = ("flicker", "temporal_flickering", "warp_error", "clip_score")
 DISTRIBUTIONS = ("fvd", "kvd")
 METRICS = (*PAIRED, *SINGLE, *DISTRIBUTIONS)
 
@@ -60,6 +61,7 @@ class Options:
     fvd_frames: The first so many frames of each clip.
     batch_size: Clips that I3D takes at once.
     weights: A folder for converted weights; None for each metric's own.
+    clip: The folder of a CLIP, for the CLIP score.
   """
 
   generated: str
@@ -72,6 +74,7 @@ class Options:
   fvd_frames: int = 16
   batch_size: int = 4
   weights: str | None = None
+  clip: str | None = None
 
 
 def run(
@@ -97,7 +100,7 @@ def run(
     reference = collect.Source(options.reference, sets.find(options.reference))
   found, missing = {}, {}
   if single := [name for name in names if name in SINGLE]:
-    found |= _single(options, single, generated, told)
+    found |= _single(options, single, generated, tools, told)
   if compared := [name for name in names if name in PAIRED]:
     found |= _paired(options, compared, reference, generated, tools, told)
     _, *lacking = sets.pair(reference.items, generated.items)
@@ -154,6 +157,12 @@ def _tools(options: Options, names: Iterable[str]) -> dict[str, Any]:
   if "lpips" in names:
     params = lpips.load(options.lpips_net, options.weights)
     tools["lpips"] = paired.lpips_measure(options.lpips_net, params)
+  if "clip_score" in names:
+    if options.clip is None:
+      raise errors.InputError(
+        "--metrics=clip_score: needs a CLIP; name its folder, --clip=DIR."
+      )
+    tools["clip"] = clip_score.load(options.clip)
   if any(name in DISTRIBUTIONS for name in names):
     tools["i3d"] = i3d.load(options.weights)
   return tools
@@ -163,16 +172,26 @@ def _single(
   options: Options,
   names: list[str],
   generated: collect.Source,
+  tools: dict[str, Any],
   told: progress.Progress,
 ) -> dict[str, report.Result]:
+  def score(item: sets.Item, video: np.ndarray) -> float:
+    if item.prompt is None:
+      raise errors.InputError(f"{item.name}: has no prompt.")
+    return tools["clip"].score(item.prompt, video)
+
+  alone = lambda metric: lambda item, video: metric(video)
   known = {
-    "flicker": (temporal.flicker, "flicker-rgb255"),
-    "temporal_flickering": (temporal.temporal_flickering, "vbench-flickering"),
-    "warp_error": (temporal.warp_error, "warp-dis-medium"),
+    "flicker": (alone(temporal.flicker), "flicker-rgb255"),
+    "temporal_flickering": (
+      alone(temporal.temporal_flickering),
+      "vbench-flickering",
+    ),
+    "warp_error": (alone(temporal.warp_error), "warp-dis-medium"),
   }
-  measures = {
-    name: lambda item, video, name=name: known[name][0](video) for name in names
-  }
+  if "clip" in tools:
+    known["clip_score"] = (score, tools["clip"].identity)
+  measures = {name: known[name][0] for name in names}
   rows = [[(generated, item)] for item in generated.items]
   with told.stage(", ".join(names)):
     step = lambda done: told.step(done + 1, len(rows))

@@ -6,7 +6,7 @@ usage: vidgen evaluate --generated=DIR|FILE [--reference=DIR|FILE] [flags]
                       folders of frames), or one video
   --reference=PATH    what to compare with: clips of the same index or name
   --metrics=A,B       psnr, ssim, lpips           of pairs of clips
-                      flicker, temporal_flickering, warp_error
+                      flicker, temporal_flickering, warp_error, clip_score
                                                   of each generated clip
                       fvd, kvd                    of the two sets
                       by default those of pairs and clips that need no further
@@ -18,6 +18,8 @@ usage: vidgen evaluate --generated=DIR|FILE [--reference=DIR|FILE] [flags]
   --lpips_net=NAME    alexnet by default, or vgg16
   --fvd_frames=N      the first N frames of each clip; 16
   --batch_size=N      clips that I3D takes at once; 4
+  --clip=DIR          the CLIP of clip_score, as transformers saves it, with its
+                      tokenizer; prompts are those of a job's clips
   --vbench=DIR        gives a job's videos the names that VBench wants, in DIR,
                       and says which prompts lack how many; nothing is measured
                       unless --metrics says what
@@ -50,8 +52,8 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
   text, integer = flags.DEFINE_string, flags.DEFINE_integer
   options = evaluate.Options("")
-  paths = ("generated", "reference", "json", "weights", "vbench", "vbench_info")
-  for name in paths:
+  paths = ("generated", "reference", "json", "weights", "clip")
+  for name in (*paths, "vbench", "vbench_info"):
     text(name, None, "", flag_values=values)
   flags.DEFINE_list("metrics", [], "", flag_values=values)
   flags.DEFINE_enum(
@@ -79,7 +81,7 @@ def run(values: flags.FlagValues) -> int:
     if not values["metrics"].value:
       return code
   names = ("generated", "reference", "n", "seed", "resamples", "lpips_net")
-  names += ("fvd_frames", "batch_size", "weights")
+  names += ("fvd_frames", "batch_size", "weights", "clip")
   options = evaluate.Options(
     **{name: values[name].value for name in names},
     metrics=tuple(values["metrics"].value),

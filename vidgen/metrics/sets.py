@@ -152,8 +152,11 @@ def pair(
   """
   if len(reference) == len(generated) == 1:
     return [(reference[0], generated[0])], [], []
-  both = (*reference, *generated)
-  by_index = all(item.index is not None for item in both)
+  indices = [{item.index for item in side} for side in (reference, generated)]
+  # A folder may hold several jobs' clips of one index.
+  by_index = all(None not in there for there in indices)
+  by_index &= len(indices[0]) == len(reference)
+  by_index &= len(indices[1]) == len(generated)
   key = lambda item: item.index if by_index else item.name
   wanted = {key(item): item for item in reference}
   pairs = [(wanted[key(g)], g) for g in generated if key(g) in wanted]
