@@ -147,3 +147,12 @@ def test_pairs_by_index_or_by_name():
   x, y = [item("a"), item("b")], [item("b"), item("c", 0)]
   assert sets.pair(x, y) == ([(x[1], y[0])], ["c"], ["a"])
   assert sets.pair(x[:1], y[1:]) == ([(x[0], y[1])], [], [])
+
+
+def test_indices_that_stand_twice_pair_nothing():
+  item = lambda name, index: sets.Item(name, None, index)
+  once = [item("p", 0), item("q", 1)]
+  # A job that was run again with other settings, in the same folder.
+  twice = [item("p", 0), item("r", 0)]
+  assert sets.pair(once, twice) == ([(once[0], twice[0])], ["r"], ["q"])
+  assert sets.pair(twice, once) == ([(twice[0], once[0])], ["q"], ["r"])
