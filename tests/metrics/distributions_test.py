@@ -1,0 +1,109 @@
+"""Fréchet's distance against scipy, the kernel's against its definition."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from vidgen import errors
+from vidgen.metrics import distributions, intervals
+
+
+def _sets(n, m, d, seed=0):
+  rng = np.random.default_rng(seed)
+  mix = rng.normal(size=(d, d))
+  x = rng.normal(size=(n, d)) @ mix
+  y = 0.3 + rng.normal(size=(m, d)) @ (mix + 0.2 * rng.normal(size=(d, d)))
+  return x, y
+
+
+@pytest.mark.parametrize("n, m", [(200, 150), (60, 60), (12, 200), (9, 7)])
+def test_frechet_is_scipys(n, m):
+  x, y = _sets(n, m, 20)
+  s, t = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+  # The covariance of fewer members than features has no stable root.
+  root = scipy.linalg.sqrtm(s @ t + 0j).real
+  shift = np.sum((x.mean(0) - y.mean(0)) ** 2)
+  want = shift + np.trace(s) + np.trace(t) - 2 * np.trace(root)
+  rtol = 1e-9 if min(n, m) > 20 else 1e-5
+  got = distributions.frechet(x, y)
+  np.testing.assert_allclose(got, want, rtol=rtol)
+
+
+def test_frechet_of_a_set_with_itself_is_zero():
+  x, _ = _sets(300, 10, 40)
+  assert distributions.frechet(x, x) < 1e-9
+  x = x.astype(np.float32)
+  assert distributions.frechet(x, x[::-1].copy()) < 1e-9
+
+
+def test_frechet_of_known_normals():
+  # In one dimension it is (difference of means)^2 + (of deviations)^2.
+  x = np.array([-1.0, 1.0])[:, None] / np.sqrt(2)
+  got = distributions.frechet(x, 3 * x + 5)
+  np.testing.assert_allclose(got, 5**2 + (3 - 1) ** 2, rtol=1e-12)
+
+
+def _mmd_by_pairs(x, y):
+  k = lambda a, b: (a @ b / len(a) + 1) ** 3
+  within = lambda s: np.mean(
+    [k(a, b) for i, a in enumerate(s) for j, b in enumerate(s) if i != j]
+  )
+  return within(x) + within(y) - 2 * np.mean([k(a, b) for a in x for b in y])
+
+
+def test_kernel_is_its_definition_pair_by_pair():
+  x, y = _sets(7, 9, 5)
+  got = distributions.kernel(x, y)
+  np.testing.assert_allclose(got.value, _mmd_by_pairs(x, y), rtol=1e-10)
+  assert got.low < got.value < got.high
+
+
+def test_kernels_resamples_are_sets_with_repeats():
+  x, y = _sets(6, 6, 4)
+  sets = intervals.two_sets(6, 6, 40, 3)
+  drawn = np.array([_mmd_by_pairs(x[a], y[b]) for a, b in sets])
+  value = _mmd_by_pairs(x, y)
+  want = value + np.percentile(drawn, [2.5, 97.5]) - drawn.mean()
+  got = distributions.kernel(x, y, resamples=40, seed=3)
+  np.testing.assert_allclose([got.low, got.high], want, rtol=1e-9)
+
+
+def test_kernel_is_unbiased_where_frechet_is_not():
+  rng = np.random.default_rng(1)
+  pairs = [rng.normal(size=(2, 16, 24)) for _ in range(200)]
+  values = [distributions.kernel(x, y, resamples=0).value for x, y in pairs]
+  error = np.std(values) / np.sqrt(len(values))
+  assert abs(np.mean(values)) < 4 * error
+  assert distributions.frechet(*pairs[0]) > 10
+
+
+def test_frechets_interval_is_seeded_and_holds_the_value():
+  x, y = _sets(30, 30, 6)
+  a, b, c = (
+    distributions.frechet_estimate(x, y, resamples=50, seed=seed)
+    for seed in (0, 0, 1)
+  )
+  assert a == b
+  assert a != c
+  assert 0 <= a.low < a.value == c.value < a.high
+
+
+def test_sets_of_one_are_an_error():
+  x, y = _sets(1, 5, 3)
+  with pytest.raises(errors.InputError, match="2 clips or more"):
+    distributions.frechet(x, y)
+  with pytest.raises(errors.InputError, match="not 5 and 1"):
+    distributions.kernel(y, x)
+
+
+def test_interval_of_a_mean_is_that_of_theory():
+  values = np.random.default_rng(0).normal(5, 2, 400)
+  got = intervals.mean(values, resamples=2000)
+  deviation = values.std(ddof=1) / np.sqrt(400)
+  want = values.mean() + 1.96 * deviation * np.array([-1, 1])
+  np.testing.assert_allclose([got.low, got.high], want, atol=0.03)
+  assert got == intervals.mean(values, resamples=2000)
+
+
+def test_one_clip_has_no_interval():
+  assert intervals.mean(np.array([3.0])) == (3.0, None, None)
