@@ -23,7 +23,7 @@ LAYERS = (
   {"encoders"},
   {"models"},
   {"video", "checkpoint", "adapters", "publish"},
-  {"ledger", "clips", "fingerprint", "writer"},
+  {"ledger", "clips", "modelmark", "writer"},
   {"workdir", "statefile", "runs", "preemption", "progress"},
   {"hosts", "rollcall", "supervisor"},
   {"meters", "goodput", "board"},

@@ -59,7 +59,7 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
       stem = os.path.splitext(files[0])[0] if files else None
       record.setdefault("name", stem)
       record.setdefault("status", DONE)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
       continue
     result.append(record)
   return result

@@ -22,8 +22,8 @@ from vidgen import (
   arguments,
   clips,
   errors,
-  fingerprint,
   ledger,
+  modelmark,
   preemption,
   sample_plan,
   video,
@@ -158,7 +158,7 @@ class _Job:
   ) -> list[clips.Clip]:
     """Returns the clips that are to be made; names all."""
     marks = {
-      "weights": fingerprint.of(folder, model.components),
+      "weights": modelmark.of(folder, model.components),
       "options": _options(model, self.config),
     }
     settings = {name: getattr(self.config, name) for name in _SETTINGS} | marks
