@@ -23,6 +23,7 @@ COMMANDS = {
   "train": ("vidgen.cli.train", "train a model"),
   "compile": ("vidgen.cli.compile", "say whether a job fits a TPU slice"),
   "convert": ("vidgen.cli.convert", "change a checkpoint's layout"),
+  "report": ("vidgen.cli.report", "show runs on a page for a browser"),
   "bench": ("vidgen.cli.bench", "time vidgen on this machine"),
 }
 

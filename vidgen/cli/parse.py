@@ -23,6 +23,9 @@ _NO_FIELD = (
   r"Attribute <class '(?P<kind>[\w.]+)'>\.(?P<name>\w+) does not exist",
 )
 
+# The flag that holds what is no flag; nobody types it.
+_ARGUMENTS = "_arguments"
+
 Define = Callable[[flags.FlagValues, list[str]], None]
 
 
@@ -49,12 +52,24 @@ def parse(
   except flags.Error as error:
     text = str(error).removeprefix("flag ")
     raise errors.InputError(text) from error
-  if rest:
+  if _ARGUMENTS in values:
+    values[_ARGUMENTS].value = rest
+  elif rest:
     raise errors.InputError(
       f"{rest[0]!r} is no flag, and {command} takes flags only; text with "
       "spaces needs quotes."
     )
   return values
+
+
+def define_arguments(values: flags.FlagValues) -> None:
+  """Lets a command take arguments that are no flags; see `arguments`."""
+  flags.DEFINE_list(_ARGUMENTS, [], "", flag_values=values)
+
+
+def arguments(values: flags.FlagValues) -> list[str]:
+  """Returns the arguments of a command line that are no flags."""
+  return values[_ARGUMENTS].value
 
 
 def define_config(
