@@ -10,13 +10,15 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import av
+import numpy as np
 import PIL.Image
+from jaxtyping import UInt8
 
 from vidgen import errors, video
 
 # The longer side, in pixels; smaller videos keep their size.
 _SIDE = 320
-_QUALITY = 80
+_QUALITY = 85
 
 
 class Facts(NamedTuple):
@@ -87,27 +89,35 @@ def make(videos: Iterable[pathlib.Path], folder: pathlib.Path) -> set[str]:
   return names
 
 
-def _poster(path: pathlib.Path, folder: pathlib.Path) -> str | None:
-  """Makes one poster and returns its name; None if there is no first frame."""
-  try:
-    image = PIL.Image.fromarray(video.read_video(path, limit=1)[0])
-  except errors.InputError:
-    return None
+def write(path: pathlib.Path, frame: UInt8[np.ndarray, "H W 3"]) -> None:
+  """Writes a frame as a poster; whoever has it at hand need not decode it.
+
+  It is not flushed to the disk, for `make` makes an empty one anew.
+
+  Raises:
+    OSError: It could not be written; nothing of it is left.
+  """
+  image = PIL.Image.fromarray(frame)
   image.thumbnail((_SIDE, _SIDE))
-  name = f"{path.stem}.jpg"
-  temporary = folder / f".{secrets.token_hex(8)}.tmp"
-  # Not flushed to the disk one by one: an empty one is made anew.
+  temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
   try:
-    image.save(temporary, "JPEG", quality=_QUALITY)
-    temporary.replace(folder / name)
+    image.save(temporary, "JPEG", quality=_QUALITY, subsampling=0)
+    temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def _poster(path: pathlib.Path, folder: pathlib.Path) -> str | None:
+  """Makes one poster and returns its name; None if there is no first frame."""
+  name = f"{path.stem}.jpg"
+  try:
+    write(folder / name, video.read_video(path, limit=1)[0])
+  except errors.InputError:
+    return None
   return name
 
 
-def _without(
-  error: OSError, folder: pathlib.Path, names: set[str]
-) -> set[str]:
+def _without(error: OSError, folder: pathlib.Path, names: set[str]) -> set[str]:
   """Goes without posters where they may not be written."""
   if isinstance(error, PermissionError) or error.errno == errno.EROFS:
     return names

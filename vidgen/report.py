@@ -104,6 +104,7 @@ def describe(
   by_step = len(runs) == 1 and len(steps) > 1
   for number, run in enumerate(runs):
     held = _posters(run, posters)
+    address = _address(run.folder, home)
     seen: dict[Any, int] = {}
     for clip in run.clips:
       key = (clip.prompt, clip.seed, clip.clip)
@@ -114,7 +115,7 @@ def describe(
       seen[key, column] = seen.get((key, column), 0) + 1
       keys.append((key, seen[key, column]))
       columns.append(column)
-      clips.append(_clip(clip, run.folder, home, held, texts))
+      clips.append(_clip(clip, address, held, texts))
       clips[-1]["run"] = number
   titles = [f"step {step:,}" for step in steps] if by_step else labels
   flat = [clip for run in runs for clip in run.clips]
@@ -132,9 +133,7 @@ def describe(
   }
 
 
-def _run(
-  run: runfiles.Run, label: str, home: pathlib.Path
-) -> dict[str, Any]:
+def _run(run: runfiles.Run, label: str, home: pathlib.Path) -> dict[str, Any]:
   """Returns what is told of a run as a whole."""
   return {
     "label": label,
@@ -163,12 +162,18 @@ def _run(
 
 def _clip(
   clip: runfiles.Clip,
-  folder: pathlib.Path,
-  home: pathlib.Path,
+  folder: str,
   posters: set[str],
   texts: dict[str, int],
 ) -> dict[str, Any]:
-  """Returns a clip for the page; what is not known is left out."""
+  """Returns a clip for the page; what is not known is left out.
+
+  Args:
+    clip: The clip.
+    folder: The address of the run.
+    posters: Those that the run has.
+    texts: Prompts by number; new ones are added.
+  """
   told = {
     "name": clip.name,
     "status": clip.status,
@@ -184,6 +189,7 @@ def _clip(
     "fps": clip.fps,
     "seconds": clip.seconds,
     "settings": clip.settings,
+    "metrics": clip.metrics,
     "hash": clip.hashes.get("raw", "")[:12],
     "kind": clip.kind,
   }
@@ -192,10 +198,10 @@ def _clip(
     if text := getattr(clip, name):
       told[name] = texts.setdefault(text, len(texts))
   if clip.source is not None:
-    told["src"] = _address(clip.source, home)
+    told["src"] = f"{folder}/{_quote(clip.source)}"
     poster = _poster(clip)
     if poster in posters:
-      told["poster"] = _address(folder / POSTERS / poster, home)
+      told["poster"] = f"{folder}/{POSTERS}/{_quote(poster)}"
   return {k: v for k, v in told.items() if v not in (None, "", {})}
 
 
@@ -207,7 +213,7 @@ def _posters(run: runfiles.Run, make: bool) -> set[str]:
   for clip in run.clips:
     if clip.kind == "video":
       step = "" if clip.step is None else str(clip.step)
-      homes.setdefault(folder / step, []).append(clip.source)
+      homes.setdefault(folder / step, []).append(run.folder / clip.source)
   for home, videos in homes.items():
     there = posters_lib.make(videos, home) if make else _names(home)
     held |= {(home / name).relative_to(folder).as_posix() for name in there}
@@ -216,7 +222,8 @@ def _posters(run: runfiles.Run, make: bool) -> set[str]:
 
 def _poster(clip: runfiles.Clip) -> str:
   """Returns where in the folder of posters a clip's is."""
-  name = f"{clip.source.stem}.jpg"
+  stem = os.path.splitext(os.path.basename(clip.source))[0]
+  name = f"{stem}.jpg"
   return name if clip.step is None else f"{clip.step}/{name}"
 
 
@@ -271,7 +278,11 @@ def _labels(folders: Sequence[pathlib.Path]) -> list[str]:
 def _address(path: pathlib.Path, home: pathlib.Path) -> str:
   """Returns a relative URL; what begins with "./" names no host or scheme."""
   relative = os.path.relpath(path, home)
-  return "./" + urllib.parse.quote(os.fsencode(relative), safe="/")
+  return "." if relative == "." else f"./{_quote(relative)}"
+
+
+def _quote(path: str) -> str:
+  return urllib.parse.quote(os.fsencode(path), safe="/")
 
 
 def _goodput(value: dict[str, Any]) -> dict[str, Any] | None:

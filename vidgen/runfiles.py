@@ -6,10 +6,10 @@ be read is left out or said to be bad, and never ends the reading.
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -37,11 +37,14 @@ class Clip:
 
   Attributes:
     status: "done", "failed", or "missing": done, but its files are not there.
-    source: The file it is played from, or the first frame of a folder.
+    source: The file it is played from, or the first frame of a folder; its
+      place in the run's folder.
     kind: How that is played: "video", "image", "frames", or "" for not at all.
     step: The step of training it was made at; None for samples of a job.
     settings: What else was set for it, such as `num_steps`.
-    hashes: SHA-256 by file, and of the raw frames under "".
+    metrics: What was measured on it, by name.
+    hashes: SHA-256 by what follows the name in a file's name, and of the raw
+      frames under "raw".
   """
 
   name: str
@@ -54,7 +57,7 @@ class Clip:
   seed: int | None = None
   clip: int | None = None
   step: int | None = None
-  source: pathlib.Path | None = None
+  source: str | None = None
   kind: str = ""
   height: int | None = None
   width: int | None = None
@@ -62,6 +65,7 @@ class Clip:
   fps: float | None = None
   seconds: float | None = None
   settings: dict[str, str] = dataclasses.field(default_factory=dict)
+  metrics: dict[str, float] = dataclasses.field(default_factory=dict)
   hashes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -106,6 +110,8 @@ def load(folder: pathlib.Path) -> Run:
       if isinstance(metrics := _object(path).get("metrics"), dict)
     },
   )
+  for evaluation in run.evaluations.values():
+    _measure(run.clips, evaluation)
   if not any((run.clips, run.facts, run.curves, run.evaluations)):
     raise errors.InputError(
       f"{folder}: holds no run: no clips.jsonl, metrics.jsonl, manifest.json "
@@ -243,18 +249,26 @@ def _missing(
 
 def _source(
   folder: pathlib.Path, files: list[str], sizes: Mapping[str, int]
-) -> tuple[pathlib.Path | None, str]:
+) -> tuple[str | None, str]:
   """Returns the file that a clip is played from, and how it is played."""
   for suffix, kind in _SHOWN:
     for file in files:
       if os.path.splitext(file)[1] != suffix or file not in sizes:
         continue
-      first = folder / file / "000000.png"
       if kind != "frames":
-        return folder / file, kind
-      if first.is_file():
-        return first, kind
+        return file, kind
+      if (folder / file / "000000.png").is_file():
+        return f"{file}/000000.png", kind
   return None, ""
+
+
+def _measure(clips: list[Clip], evaluation: dict[str, Any]) -> None:
+  """Adds to each clip what an evaluation measured on it alone."""
+  for metric, result in evaluation.items():
+    values = _numbers(result.get("clips") if isinstance(result, dict) else None)
+    for clip in clips if values else ():
+      if clip.name in values:
+        clip.metrics[metric] = values[clip.name]
 
 
 def _samples(folder: pathlib.Path) -> list[Clip]:
@@ -265,14 +279,12 @@ def _samples(folder: pathlib.Path) -> list[Clip]:
       continue
     metrics = _object(home / "metrics.json")
     for path in sorted(home.glob("*.mp4")):
-      measured = metrics.get(path.stem)
-      measured = measured if isinstance(measured, dict) else {}
       clip = Clip(
         name=path.stem,
         step=int(home.name),
-        source=path,
+        source=path.relative_to(folder).as_posix(),
         kind="video",
-        settings={k: _text(v) for k, v in measured.items()},
+        metrics=_numbers(metrics.get(path.stem)),
       )
       try:
         facts = posters.probe(path)
@@ -285,13 +297,17 @@ def _samples(folder: pathlib.Path) -> list[Clip]:
 
 def _facts(folder: pathlib.Path) -> dict[str, str]:
   """Returns the manifest as flat fields, or else the config of training."""
-  for name in ("manifest.json", "config.json"):
+  # Shards of a job have a manifest each, which differ in little.
+  shards = sorted(path.name for path in folder.glob("manifest-*.json"))
+  for name in ("manifest.json", *shards[:1], "config.json"):
     if not (folder / name).exists():
       continue
     value = _object(folder / name)
     if not value:
       return {name: "cannot be read"}
-    prefix = "" if name == "manifest.json" else "config"
+    prefix = "config" if name == "config.json" else ""
+    if isinstance(value.get("argv"), list):
+      value["argv"] = shlex.join(map(_text, value["argv"]))
     facts = {}
     for key, text in _fields(value, prefix):
       facts[key] = text
@@ -349,6 +365,13 @@ def _list(value: Any) -> list[Any]:
   return value if isinstance(value, list) else []
 
 
+def _numbers(value: Any) -> dict[str, float]:
+  """Returns the finite numbers of a JSON object."""
+  items = value.items() if isinstance(value, dict) else ()
+  numbers = {str(name): number(item, float) for name, item in items}
+  return {name: item for name, item in numbers.items() if item is not None}
+
+
 def _text(value: Any) -> str:
   """Returns JSON's value as text, a string as it is."""
   if value is None:
@@ -360,6 +383,5 @@ def number(value: Any, kind: Callable[[Any], Any]) -> Any:
   """Returns a finite number as `kind`; None for anything else."""
   if isinstance(value, bool) or not isinstance(value, int | float):
     return None
-  if not math.isfinite(value) or abs(value) > 1e300:
-    return None
-  return kind(value)
+  # False for NaN; beyond this an int is no float, and JSON no number of JS's.
+  return kind(value) if -1e300 < value < 1e300 else None

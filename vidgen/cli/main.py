@@ -27,6 +27,9 @@ COMMANDS = {
   "bench": ("vidgen.cli.bench", "time vidgen on this machine"),
 }
 
+# Those that are given names besides flags.
+NAMING = ("report",)
+
 # Those that run as one job in several processes; see `vidgen.hosts`.
 JOINING = ("train",)
 
@@ -98,7 +101,9 @@ def _run(command: types.ModuleType, name: str, argv: list[str]) -> int:
 
   # Libraries tell their own news at levels below.
   logging.set_verbosity(logging.ERROR)
-  values = parse.parse(command.define, f"vidgen {name}", argv)
+  values = parse.parse(
+    command.define, f"vidgen {name}", argv, takes_rest=name in NAMING
+  )
   return command.run(values) or 0
 
 

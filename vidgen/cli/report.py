@@ -24,7 +24,6 @@ from vidgen.cli import parse
 def define(values: flags.FlagValues, argv: list[str]) -> None:
   """Defines the flags of this command."""
   del argv
-  parse.define_arguments(values)
   flags.DEFINE_string("out", None, "", flag_values=values)
   flags.DEFINE_boolean("posters", True, "", flag_values=values)
 
@@ -33,7 +32,7 @@ def run(values: flags.FlagValues) -> None:
   """Writes the page, and says where it is."""
   from vidgen import report
 
-  folders = parse.arguments(values)
+  folders = parse.rest(values)
   if not folders:
     raise errors.InputError(
       "no folder is named; name that of a run, vidgen report runs/NAME."

@@ -58,8 +58,11 @@ function short(value) {
 }
 
 class Chart {
+  static made = 0;
+
   constructor(name, settings) {
     Object.assign(this, { name, settings });
+    this.id = `inside-${Chart.made++}`;
     this.lines = data.runs.flatMap((run, i) =>
       run.curves[name] ? [{ i, x: run.curves[name][0], y: run.curves[name][1] }]
         : []);
@@ -118,7 +121,7 @@ class Chart {
         x: EDGE.left - 6, y: at + 4, "text-anchor": "end",
       }, short(mark)));
     }
-    for (const mark of ticks(left, right, Math.max(2, wide / 90))) {
+    for (const mark of ticks(left, right, Math.max(2, wide / 56))) {
       const at = Math.round(this.x(mark)) + 0.5;
       if (!Number.isInteger(mark)) continue;
       parts.push(svg("path", {
@@ -129,7 +132,10 @@ class Chart {
         "text-anchor": at > width - 30 ? "end" : "middle",
       }, short(mark)));
     }
-    const inside = svg("clipPath", { id: `inside-${this.name}` });
+    parts.push(svg("text", {
+      x: EDGE.left - 6, y: HEIGHT - 6, "text-anchor": "end",
+    }, "step"));
+    const inside = svg("clipPath", { id: this.id });
     inside.append(svg("rect", {
       x: EDGE.left, y: EDGE.top - 2, width: wide + 2, height: tall + 4,
     }));
@@ -157,7 +163,7 @@ class Chart {
     // One point alone is drawn as a dot.
     if (xs.length === 1) d += "h0.01";
     const path = svg("path", { class: kind, d });
-    path.setAttribute("clip-path", `url("#inside-${CSS.escape(this.name)}")`);
+    path.setAttribute("clip-path", `url(#${this.id})`);
     path.style.stroke = color;
     path.style.strokeLinecap = "round";
     if (xs.length === 1) path.style.strokeWidth = "5";

@@ -6,7 +6,7 @@ function clipsSection() {
   const comparing = data.columns.length > 1;
   const state = {
     query: "", status: "all", match: "all", all: false,
-    page: 0, perPage: comparing ? 24 : 48, rows: [],
+    sort: null, down: false, page: 0, perPage: comparing ? 24 : 48, rows: [],
   };
   const haystack = data.texts.map((text) => text.toLowerCase());
   const of = (row) => row.cells.filter((i) => i !== null).map((i) => data.clips[i]);
@@ -53,6 +53,7 @@ function clipsSection() {
 
   function refresh() {
     state.rows = data.rows.filter(matches);
+    if (state.sort) state.rows.sort(sorted(state.sort, state.down));
     state.page = 0;
     show();
   }
@@ -129,6 +130,19 @@ function clipsSection() {
     [12, 24, 48, 96, 192].map((n) => [String(n), `${n} a page`]),
     String(state.perPage),
     (n) => { state.perPage = Number(n); refresh(); });
+  const measured = [...new Set(
+    data.clips.flatMap((clip) => Object.keys(clip.metrics || {})))].slice(0, 20);
+  if (data.clips.some((clip) => clip.seconds !== undefined)) {
+    measured.push("seconds");
+  }
+  const order = select("Order", [["", "in order"], ...measured.flatMap((name) => [
+    [`<${name}`, `lowest ${plain(name)} first`],
+    [`>${name}`, `highest ${plain(name)} first`],
+  ])], "", (key) => {
+    state.down = key.startsWith(">");
+    state.sort = key.slice(1);
+    refresh();
+  });
   const sizes = choice("Size", SIZES.map(([key, label]) => [key, label[0].toUpperCase()]),
     "200px", (size) => document.documentElement.style.setProperty("--cell", size));
   const compare = [];
@@ -144,6 +158,7 @@ function clipsSection() {
   const toolbar = el("div", { class: "toolbar" },
     el("div", { class: "bar" }, search, statuses, compare,
       el("span", { class: "bar end" }, told,
+        measured.length ? order : null,
         el("span", { class: "group" }, back, next), perPage)),
     el("div", { class: "bar" },
       playButton,
@@ -181,6 +196,22 @@ function clipsSection() {
     toolbar, cellsHost);
   refresh();
   return section;
+}
+
+// By a number of the first clip of a row that has it; rows without it are last.
+function sorted(name, down) {
+  const read = (row) => {
+    for (const i of row.cells) {
+      const clip = data.clips[i];
+      const value = name === "seconds" ? clip?.seconds : clip?.metrics?.[name];
+      if (value !== undefined) return down ? -value : value;
+    }
+    return Infinity;
+  };
+  return (a, b) => {
+    const [x, y] = [read(a), read(b)];
+    return x === y ? 0 : x - y;
+  };
 }
 
 // A screen of the clip's own shape, so that nothing moves when it loads.
@@ -253,6 +284,9 @@ function facts(clip, told = {}) {
   for (const [name, value] of Object.entries(clip.settings || {})) {
     const words = name.replaceAll("_", " ").replace(/^num /, "");
     parts.push(`${words} ${plain(String(value)).slice(0, 80)}`);
+  }
+  for (const [name, value] of Object.entries(clip.metrics || {})) {
+    parts.push(`${plain(name)} ${figure(value)}`);
   }
   if (clip.seconds !== undefined) parts.push(`made in ${duration(clip.seconds)}`);
   const name = clip.src && clip.status === "done"

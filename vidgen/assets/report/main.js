@@ -1,22 +1,29 @@
 // The page: what the runs were, then curves, metrics and clips.
 
-// Facts of a manifest that stand in the table of runs, by how their names end.
+// What stands of a manifest in the table of runs.
 const HEADLINES = [
-  ["command", /(^|\.)(command|argv)$/],
-  ["ended", /(^|\.)(exit|exit\.reason|exit_reason|reason|status)$/],
-  ["took", /^(seconds|total_seconds|times\.seconds)$/],
-  ["device", /(^|\.)(device_kind|device\.kind|devices\.kind)$/],
-  ["mesh", /(^|\.)mesh(\.axes)?$/],
-  ["commit", /(^|\.)commit$/],
-  ["config", /(^|\.)(fingerprint|config_fingerprint|config_sha256)$/],
+  ["command", (f) => f.get("argv") || f.get("command")],
+  ["ended", (f) => f.get("exit.reason")],
+  ["began", (f) => f.get("start")?.slice(0, 16).replace("T", " ")],
+  ["took", (f) => f.has("seconds") && duration(Number(f.get("seconds")))],
+  ["device", devices],
+  ["mesh", (f) => [...f].filter(([name]) => name.startsWith("mesh.axes."))
+    .map(([name, size]) => `${name.slice(10)} ${size}`).join(", ")],
+  ["commit", (f) => f.get("code.commit") &&
+    f.get("code.commit").slice(0, 10) + (f.get("code.dirty") ? " + changes" : "")],
+  ["config", (f) => f.get("config_fingerprint")?.slice(0, 10)],
 ];
 
+function devices(facts) {
+  const [number, kind] = [facts.get("devices.count"), facts.get("devices.kind")];
+  return number > 1 ? `${number} × ${kind}` : kind;
+}
+
 function runsSection() {
-  const found = data.runs.map((run) => HEADLINES.map(([, pattern]) => {
-    const fact = run.facts.find(([name]) =>
-      !name.startsWith("config.") && pattern.test(name));
-    return fact ? fact[1] : "";
-  }));
+  const found = data.runs.map((run) => {
+    const known = new Map(run.facts);
+    return HEADLINES.map(([, read]) => read(known) || "");
+  });
   const used = HEADLINES.map((_, i) => found.some((facts) => facts[i]));
   const made = data.runs.map(() => ({ done: 0, failed: 0, missing: 0, s: [] }));
   for (const clip of data.clips) {
@@ -25,6 +32,9 @@ function runsSection() {
   }
   const clips = data.clips.length > 0;
   const timed = made.some((m) => m.s.length);
+  const last = data.runs.map((run) => Math.max(0,
+    ...Object.values(run.curves).map(([x]) => x[x.length - 1])));
+  const trained = last.some((step) => step);
   const numeric = (text, kind = "") => el("td", { class: `number ${kind}` }, text);
   const head = (text) => el("th", { class: "number" }, text);
   const rows = data.runs.map((run, i) => {
@@ -34,6 +44,7 @@ function runsSection() {
       el("th", {}, data.runs.length > 1 && Object.keys(run.curves).length
         ? swatch(series(i)) : null,
       el("a", { href: run.href, title: plain(run.folder) }, plain(run.label))),
+      trained ? numeric(last[i].toLocaleString("en")) : null,
       clips ? [
         numeric(done.toLocaleString("en")),
         numeric(failed.toLocaleString("en"), failed ? "bad" : "quiet"),
@@ -43,15 +54,15 @@ function runsSection() {
       HEADLINES.map(([name], j) => {
         if (!used[j]) return null;
         const text = found[i][j];
-        if (name === "took" && text) return el("td", {}, duration(Number(text)));
-        const hash = name === "commit" || name === "config";
-        return el("td", { class: hash ? "mono" : "wide", title: plain(text) },
-          hash ? plain(text).slice(0, 12) : shown(text, 300));
+        const fixed = ["command", "commit", "config"].includes(name);
+        const size = name === "command" || name === "ended" ? "wide" : "short";
+        return el("td", { class: `${size} ${fixed ? "mono" : ""}` },
+          shown(text, 300));
       }));
   });
   return el("section", {},
-    el("div", { class: "scroll" }, table([
-      "run", ...(clips ? ["done", "failed", "missing"].map(head) : []),
+    el("div", { class: "scroll fit" }, table([
+      "run", ...(trained ? [head("steps")] : []), ...(clips ? ["done", "failed", "missing"].map(head) : []),
       ...(timed ? [head("per clip")] : []),
       ...HEADLINES.filter((_, j) => used[j]).map(([name]) => name),
     ], rows)),
