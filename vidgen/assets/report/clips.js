@@ -157,9 +157,7 @@ function clipsSection() {
   }
   const toolbar = el("div", { class: "toolbar" },
     el("div", { class: "bar" }, search, statuses, compare,
-      el("span", { class: "bar end" }, told,
-        measured.length ? order : null,
-        el("span", { class: "group" }, back, next), perPage)),
+      measured.length ? el("span", { class: "end" }, order) : null),
     el("div", { class: "bar" },
       playButton,
       el("span", { class: "group" },
@@ -167,7 +165,8 @@ function clipsSection() {
         button("+1", "One frame on (.)", () => clock.step(1), { id: "on" })),
       position, time,
       select("Speed", rates, "1", (rate) => clock.setRate(Number(rate))),
-      loop, el("span", { class: "bar end" }, sizes)));
+      loop, el("span", { class: "bar end" }, told,
+        el("span", { class: "group" }, back, next), perPage, sizes)));
 
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
