@@ -27,7 +27,14 @@ NAME = "report.html"
 POSTERS = "posters"
 
 _ASSETS = pathlib.Path(__file__).parent / "assets" / "report"
-_SCRIPTS = ("page.js", "player.js", "clips.js", "charts.js", "main.js")
+_SCRIPTS = (
+  "page.js",
+  "player.js",
+  "cards.js",
+  "clips.js",
+  "charts.js",
+  "main.js",
+)
 
 
 def write(

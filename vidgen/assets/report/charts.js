@@ -27,7 +27,8 @@ function logTicks(low, high) {
   const marks = [];
   const factors = Math.log10(high / low) < 2 ? [1, 2, 5] : [1];
   const stride = Math.max(1, Math.ceil(Math.log10(high / low) / 6));
-  for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e += stride) {
+  const last = Math.log10(high);
+  for (let e = Math.floor(Math.log10(low)); e <= last; e += stride) {
     for (const factor of factors) {
       const mark = factor * 10 ** e;
       if (mark >= low && mark <= high) marks.push(mark);
@@ -69,7 +70,8 @@ class Chart {
     this.told = el("span", { class: "quiet" });
     this.svg = svg("svg", { role: "img", "aria-label": `Curve of ${name}` });
     this.node = el("figure", { class: "chart" },
-      el("figcaption", {}, el("h3", {}, plain(TITLES[name] || name)), this.told),
+      el("figcaption", {},
+        el("h3", {}, plain(TITLES[name] || name)), this.told),
       this.svg);
     this.svg.addEventListener("pointermove", (event) => this.point(event));
     this.svg.addEventListener("pointerleave", () => this.point(null));
@@ -194,7 +196,8 @@ class Chart {
 }
 
 function curvesSection() {
-  const names = [...new Set(data.runs.flatMap((run) => Object.keys(run.curves)))];
+  const all = data.runs.flatMap((run) => Object.keys(run.curves));
+  const names = [...new Set(all)];
   if (!names.length) return null;
   const settings = { smoothing: 0, log: false, calm: false };
   const main = FIRST.filter((name) => names.includes(name));
@@ -255,6 +258,8 @@ function legend() {
 const SPENDING = ["step", "data", "compile", "load", "checkpoint", "sample",
   "publish", "lost", "other"];
 
+const COLOURS = [0, 6, 1, 5, 2, 3, 7, 4, 7];
+
 function goodputSection() {
   const runs = data.runs.filter((run) => run.goodput);
   if (!runs.length) return null;
@@ -271,10 +276,11 @@ function goodputSection() {
       parts.forEach(([name, s], i) => {
         const share = el("span", { title: `${plain(name)} ${duration(s)}` });
         share.style.flex = `${s} 0 0`;
-        share.style.background = series([0, 6, 1, 5, 2, 3, 7, 4, 7][rank(name)] ?? i);
+        share.style.background = series(COLOURS[rank(name)] ?? i);
         bar.append(share);
         keys.append(el("span", {}, swatch(share.style.background),
-          `${plain(name)} ${duration(s)} (${((100 * s) / total).toFixed(1)} %)`));
+          `${plain(name)} ${duration(s)} ` +
+          `(${((100 * s) / total).toFixed(1)} %)`));
       });
       const head = [
         data.runs.length > 1 ? plain(run.label) : null,

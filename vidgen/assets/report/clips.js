@@ -1,21 +1,123 @@
 // The clips: a grid of one run, rows that compare several; filters and pages.
 
-const SIZES = [["130px", "small"], ["200px", "medium"], ["320px", "large"]];
+const SIZES = [["130px", "S"], ["200px", "M"], ["320px", "L"]];
+const RATES = [0.1, 0.25, 0.5, 1, 2];
+const COUNTS = [12, 24, 48, 96, 192];
+const COMPARING = data.columns.length > 1;
+const NOUN = COMPARING ? "row" : "clip";
+
+const clipsOf = (row) =>
+  row.cells.filter((i) => i !== null).map((i) => data.clips[i]);
 
 function clipsSection() {
-  const comparing = data.columns.length > 1;
   const state = {
-    query: "", status: "all", match: "all", all: false,
-    sort: null, down: false, page: 0, perPage: comparing ? 24 : 48, rows: [],
+    query: "", status: "all", match: "all", all: false, sort: "", down: false,
+    page: 0, perPage: COMPARING ? 24 : 48, rows: [],
   };
-  const haystack = data.texts.map((text) => text.toLowerCase());
-  const of = (row) => row.cells.filter((i) => i !== null).map((i) => data.clips[i]);
-  const cellsHost = el("div");
-  const told = el("span", { class: "quiet", role: "status" });
-  let observer = null;
+  const transport = transportBar();
+  const { clock } = transport;
+  const host = el("div");
+  const show = shower(host, clock);
+  const matches = matcher(state);
 
-  // The transport.
-  const playButton = button("Play", "Play or pause all in sight (space)",
+  const refresh = () => {
+    state.rows = data.rows.filter(matches);
+    if (state.sort) state.rows.sort(sorted(state.sort, state.down));
+    state.page = 0;
+    redraw();
+  };
+  const set = (change) => { Object.assign(state, change); refresh(); };
+  const turn = (by) => {
+    const last = Math.max(0, Math.ceil(state.rows.length / state.perPage) - 1);
+    const page = Math.min(Math.max(state.page + by, 0), last);
+    if (page === state.page) return;
+    state.page = page;
+    redraw();
+    if (section.getBoundingClientRect().top < 0) section.scrollIntoView();
+  };
+  const pager = pagerBar(state, set, turn);
+  const redraw = () => {
+    const from = state.page * state.perPage;
+    show(state.rows.slice(from, from + state.perPage));
+    pager.tell();
+  };
+
+  const filters = filterBar(set);
+  const section = el("section", { id: "clips" },
+    el("h2", {}, data.by_step ? "Samples by step" : "Clips"),
+    el("div", { class: "toolbar" }, filters.node,
+      el("div", { class: "bar" }, transport.nodes, pager.node)),
+    host);
+  listen({
+    "/": () => filters.search.focus(), ",": () => clock.step(-1),
+    ".": () => clock.step(1), n: () => turn(1), p: () => turn(-1),
+    l: () => transport.loop.click(), " ": () => clock.toggle(),
+  });
+  refresh();
+  return section;
+}
+
+// Says whether a row passes the filters.
+function matcher(state) {
+  const haystack = data.texts.map((text) => text.toLowerCase());
+  const holds = (clip, query) =>
+    haystack[clip.prompt]?.includes(query) ||
+    haystack[clip.negative_prompt]?.includes(query) ||
+    clip.name.toLowerCase().includes(query);
+  return (row) => {
+    const { query, status, match, all } = state;
+    const clips = clipsOf(row);
+    if (all && clips.length < data.columns.length) return false;
+    if (match !== "all" && row.match !== match) return false;
+    if (status !== "all" && clips.every((clip) => clip.status !== status)) {
+      return false;
+    }
+    return !query || clips.some((clip) => holds(clip, query));
+  };
+}
+
+// Shows rows; what is out of sight has no video element.
+function shower(host, clock) {
+  const players = new Map();
+  const observer = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      const player = players.get(target);
+      // An entry may be of a page that has been turned.
+      if (!player) continue;
+      if (isIntersecting) clock.enter(player);
+      else if (clock.inSight.has(player)) clock.leave(player);
+    }
+  }, { rootMargin: "80px" });
+  const screened = (clip) => {
+    const { screen, player } = screenOf(clip, clock);
+    if (player) {
+      players.set(screen, player);
+      observer.observe(screen);
+    }
+    return screen;
+  };
+  const card = (clip) => el("article", { class: "card" }, screened(clip),
+    el("div", { class: "caption" }, prompts(clip), facts(clip)));
+  return (rows) => {
+    observer.disconnect();
+    clock.clear();
+    players.clear();
+    if (!rows.length) {
+      host.replaceChildren(
+        el("p", { class: "empty" }, "Nothing matches these filters."));
+    } else if (COMPARING) {
+      host.replaceChildren(el("div", { class: "scroll bare" },
+        el("div", { class: "compare" },
+          rows.map((row) => compared(row, screened)))));
+    } else {
+      host.replaceChildren(el("div", { class: "grid" },
+        rows.map((row) => card(clipsOf(row)[0]))));
+    }
+  };
+}
+
+function transportBar() {
+  const play = button("Play", "Play or pause all in sight (space)",
     () => clock.toggle(), { class: "main", id: "play" });
   const position = el("input", {
     type: "range", min: 0, max: 1000, value: 0, class: "position",
@@ -24,7 +126,7 @@ function clipsSection() {
   });
   const time = el("span", { class: "clock quiet" });
   const clock = new Clock(() => {
-    playButton.textContent = clock.playing ? "Pause" : "Play";
+    play.textContent = clock.playing ? "Pause" : "Play";
     const { longest } = clock;
     if (document.activeElement !== position || clock.playing) {
       position.value = longest ? (1000 * clock.position) / longest : 0;
@@ -36,138 +138,81 @@ function clipsSection() {
     clock.loop = !clock.loop;
     loop.setAttribute("aria-pressed", clock.loop);
   }, { "aria-pressed": "true" });
-  const rates = [0.1, 0.25, 0.5, 1, 2].map((x) => [String(x), `${x}×`]);
+  const steps = el("span", { class: "group" },
+    button("−1", "One frame back (,)", () => clock.step(-1), { id: "back" }),
+    button("+1", "One frame on (.)", () => clock.step(1), { id: "on" }));
+  const speed = select("Speed", RATES.map((x) => [String(x), `${x}×`]), "1",
+    (rate) => clock.setRate(Number(rate)));
+  return { clock, loop, nodes: [play, steps, position, time, speed, loop] };
+}
 
-  function matches(row) {
-    const clips = of(row);
-    if (state.all && clips.length < data.columns.length) return false;
-    if (state.match !== "all" && row.match !== state.match) return false;
-    if (state.status !== "all" &&
-        !clips.some((clip) => clip.status === state.status)) return false;
-    const { query } = state;
-    return !query || clips.some((clip) =>
-      haystack[clip.prompt]?.includes(query) ||
-      haystack[clip.negative_prompt]?.includes(query) ||
-      clip.name.toLowerCase().includes(query));
-  }
-
-  function refresh() {
-    state.rows = data.rows.filter(matches);
-    if (state.sort) state.rows.sort(sorted(state.sort, state.down));
-    state.page = 0;
-    show();
-  }
-
-  function show() {
-    const { rows, page, perPage } = state;
-    const from = page * perPage;
-    const part = rows.slice(from, from + perPage);
-    observer?.disconnect();
-    clock.clear();
-    observer = new IntersectionObserver((entries) => {
-      for (const { target, isIntersecting } of entries) {
-        const player = players.get(target);
-        if (isIntersecting) clock.enter(player);
-        else if (clock.inSight.has(player)) clock.leave(player);
-      }
-    }, { rootMargin: "80px" });
-    const players = new Map();
-    const screened = (clip) => {
-      const { screen, player } = screenOf(clip, clock);
-      if (player) {
-        players.set(screen, player);
-        observer.observe(screen);
-      }
-      return screen;
-    };
-    const noun = comparing ? "row" : "clip";
-    if (!part.length) {
-      cellsHost.replaceChildren(el("p", { class: "empty" },
-        data.rows.length ? "Nothing matches these filters." : "No clips."));
-    } else if (comparing) {
-      cellsHost.replaceChildren(el("div", { class: "compare" },
-        el("div", { class: "scroll" },
-          el("div", { class: "compare" },
-            part.map((row) => compared(row, screened))))));
-    } else {
-      cellsHost.replaceChildren(el("div", { class: "grid" }, part.map((row) => {
-        const clip = of(row)[0];
-        return el("article", { class: "card" }, screened(clip),
-          el("div", { class: "caption" }, prompts(clip), facts(clip)));
-      })));
-    }
-    told.textContent = rows.length > perPage
-      ? `${from + 1}–${from + part.length} of ${count(rows.length, noun)}`
-      : count(rows.length, noun);
-    back.disabled = page === 0;
-    next.disabled = from + perPage >= rows.length;
-  }
-
-  function turn(by) {
-    const last = Math.max(0, Math.ceil(state.rows.length / state.perPage) - 1);
-    const page = Math.min(Math.max(state.page + by, 0), last);
-    if (page === state.page) return;
-    state.page = page;
-    show();
-    if (section.getBoundingClientRect().top < 0) section.scrollIntoView();
-  }
-
+function filterBar(set) {
   const search = el("input", {
     type: "search", id: "filter", placeholder: "Filter by prompt or name  /",
     "aria-label": "Filter by prompt or name", autocomplete: "off",
     spellcheck: "false",
-    oninput: () => { state.query = search.value.toLowerCase(); refresh(); },
+    oninput: () => set({ query: search.value.toLowerCase() }),
   });
   const totals = { done: 0, failed: 0, missing: 0 };
   for (const clip of data.clips) totals[clip.status]++;
   const statuses = choice("Status",
     [["all", "All"], ...Object.entries(totals).map(([key, n]) =>
       [key, `${key} ${n.toLocaleString("en")}`])],
-    "all", (key) => { state.status = key; refresh(); });
-  const back = button("‹", "Page before (p)", () => turn(-1));
-  const next = button("›", "Next page (n)", () => turn(1));
-  const perPage = select("On a page",
-    [12, 24, 48, 96, 192].map((n) => [String(n), `${n} a page`]),
-    String(state.perPage),
-    (n) => { state.perPage = Number(n); refresh(); });
-  const measured = [...new Set(
-    data.clips.flatMap((clip) => Object.keys(clip.metrics || {})))].slice(0, 20);
+    "all", (status) => set({ status }));
+  const node = el("div", { class: "bar" }, search, statuses);
+  if (COMPARING && !data.by_step) {
+    node.append(
+      choice("Frames",
+        [["all", "All rows"], ["differs", "Different"], ["same", "Same"]],
+        "all", (match) => set({ match })),
+      el("label", {}, el("input", {
+        type: "checkbox", id: "all-runs",
+        onchange: (event) => set({ all: event.target.checked }),
+      }), "in all runs"));
+  }
+  const names = data.clips.flatMap((clip) => Object.keys(clip.metrics || {}));
+  const measured = [...new Set(names)].slice(0, 20);
   if (data.clips.some((clip) => clip.seconds !== undefined)) {
     measured.push("seconds");
   }
-  const order = select("Order", [["", "in order"], ...measured.flatMap((name) => [
-    [`<${name}`, `lowest ${plain(name)} first`],
-    [`>${name}`, `highest ${plain(name)} first`],
-  ])], "", (key) => {
-    state.down = key.startsWith(">");
-    state.sort = key.slice(1);
-    refresh();
-  });
-  const sizes = choice("Size", SIZES.map(([key, label]) => [key, label[0].toUpperCase()]),
-    "200px", (size) => document.documentElement.style.setProperty("--cell", size));
-  const compare = [];
-  if (comparing && !data.by_step) {
-    compare.push(choice("Frames",
-      [["all", "All rows"], ["differs", "Different"], ["same", "Same"]],
-      "all", (key) => { state.match = key; refresh(); }));
-    compare.push(el("label", {}, el("input", {
-      type: "checkbox", id: "all-runs",
-      onchange: (event) => { state.all = event.target.checked; refresh(); },
-    }), "in all runs"));
+  if (measured.length) {
+    const options = measured.flatMap((name) => [
+      [`<${name}`, `lowest ${plain(name)} first`],
+      [`>${name}`, `highest ${plain(name)} first`],
+    ]);
+    node.append(el("span", { class: "end" },
+      select("Order", [["", "in order"], ...options], "",
+        (key) => set({ sort: key.slice(1), down: key.startsWith(">") }))));
   }
-  const toolbar = el("div", { class: "toolbar" },
-    el("div", { class: "bar" }, search, statuses, compare,
-      measured.length ? el("span", { class: "end" }, order) : null),
-    el("div", { class: "bar" },
-      playButton,
-      el("span", { class: "group" },
-        button("−1", "One frame back (,)", () => clock.step(-1), { id: "back" }),
-        button("+1", "One frame on (.)", () => clock.step(1), { id: "on" })),
-      position, time,
-      select("Speed", rates, "1", (rate) => clock.setRate(Number(rate))),
-      loop, el("span", { class: "bar end" }, told,
-        el("span", { class: "group" }, back, next), perPage, sizes)));
+  return { node, search };
+}
 
+function pagerBar(state, set, turn) {
+  const told = el("span", { class: "quiet", role: "status" });
+  const back = button("‹", "Page before (p)", () => turn(-1));
+  const next = button("›", "Next page (n)", () => turn(1));
+  const perPage = select("On a page",
+    COUNTS.map((n) => [String(n), `${n} a page`]), String(state.perPage),
+    (n) => set({ perPage: Number(n) }));
+  const sizes = choice("Size", SIZES, "200px", (size) =>
+    document.documentElement.style.setProperty("--cell", size));
+  const tell = () => {
+    const { page, rows } = state;
+    const from = page * state.perPage;
+    const to = Math.min(from + state.perPage, rows.length);
+    told.textContent = rows.length > state.perPage
+      ? `${from + 1}–${to} of ${count(rows.length, NOUN)}`
+      : count(rows.length, NOUN);
+    back.disabled = page === 0;
+    next.disabled = to >= rows.length;
+  };
+  const node = el("span", { class: "bar end" }, told,
+    el("span", { class: "group" }, back, next), perPage, sizes);
+  return { node, tell };
+}
+
+// Keys that work wherever nothing is typed.
+function listen(keys) {
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const typing = event.target.closest("input, select, textarea");
@@ -175,26 +220,12 @@ function clipsSection() {
       if (event.key === "Escape") typing.blur();
       return;
     }
-    const keys = {
-      "/": () => search.focus(), ",": () => clock.step(-1),
-      ".": () => clock.step(1), n: () => turn(1), p: () => turn(-1),
-      l: () => loop.click(),
-    };
     // The space bar presses a button that has the focus.
-    if (!event.target.closest("button, a, summary")) {
-      keys[" "] = () => clock.toggle();
-    }
-    if (keys[event.key]) {
-      event.preventDefault();
-      keys[event.key]();
-    }
+    const pressing = event.target.closest("button, a, summary");
+    if (!keys[event.key] || (event.key === " " && pressing)) return;
+    event.preventDefault();
+    keys[event.key]();
   });
-
-  const section = el("section", { id: "clips" },
-    el("h2", {}, data.by_step ? "Samples by step" : "Clips"),
-    toolbar, cellsHost);
-  refresh();
-  return section;
 }
 
 // By a number of the first clip of a row that has it; rows without it are last.
@@ -211,124 +242,4 @@ function sorted(name, down) {
     const [x, y] = [read(a), read(b)];
     return x === y ? 0 : x - y;
   };
-}
-
-// A screen of the clip's own shape, so that nothing moves when it loads.
-function screenOf(clip, clock) {
-  const screen = el("div", { class: "screen" });
-  screen.style.aspectRatio =
-    `${clip.width || 16} / ${clip.height || (clip.width ? clip.width : 9)}`;
-  if (!clip.src || clip.status !== "done") {
-    screen.classList.add("none");
-    const kind = clip.status === "done" ? "quiet" : "bad";
-    screen.append(el("strong", { class: kind },
-      clip.status === "done" ? "no picture" : clip.status));
-    if (clip.error) screen.append(shown(clip.error, 2000));
-    else if (clip.status === "done") screen.append("latents only");
-    return { screen, player: null };
-  }
-  const frame = el("span", { class: "frame" });
-  const player = new Player(clip, screen, frame, (p) => p.tell());
-  const press = async () => {
-    if (clock.playing) return clock.pause();
-    if (!player.paused) return player.pause();
-    await player.ready();
-    if (player.time >= player.duration - 1e-3) player.seek(0);
-    player.play(clock.rate);
-    const follow = () => {
-      player.tell();
-      if (!player.paused) requestAnimationFrame(follow);
-    };
-    follow();
-  };
-  screen.append(frame, el("button", {
-    type: "button", onclick: press, "aria-label": `Play ${plain(clip.name)}`,
-  }));
-  return { screen, player };
-}
-
-function prompts(clip) {
-  const nodes = [];
-  const add = (text, lead) => {
-    const box = el("div", { class: "prompt" }, lead, shown(text, 1200));
-    nodes.push(box);
-    if (text.length <= 110) return;
-    const more = el("button", {
-      type: "button", class: "more", "aria-expanded": "false",
-      onclick: () => {
-        const open = box.classList.toggle("open");
-        more.textContent = open ? "less" : "more";
-        more.setAttribute("aria-expanded", open);
-        box.replaceChildren(lead, shown(text, open ? Infinity : 1200));
-      },
-    }, "more");
-    nodes.push(more);
-  };
-  if (clip.prompt !== undefined) add(data.texts[clip.prompt], "");
-  if (clip.negative_prompt !== undefined) {
-    add(data.texts[clip.negative_prompt],
-      el("span", { class: "quiet" }, "not: "));
-  }
-  return nodes;
-}
-
-function facts(clip, told = {}) {
-  const parts = [];
-  const add = (name, text) => { if (told[name] !== clip[name]) parts.push(text); };
-  if (clip.seed !== undefined) add("seed", `seed ${clip.seed}`);
-  if (clip.clip !== undefined) add("clip", `clip ${clip.clip}`);
-  if (clip.width) parts.push(`${clip.width}×${clip.height}`);
-  if (clip.frames) parts.push(`${clip.frames} frames`);
-  if (clip.fps) parts.push(`${figure(clip.fps)} fps`);
-  for (const [name, value] of Object.entries(clip.settings || {})) {
-    const words = name.replaceAll("_", " ").replace(/^num /, "");
-    parts.push(`${words} ${plain(String(value)).slice(0, 80)}`);
-  }
-  for (const [name, value] of Object.entries(clip.metrics || {})) {
-    parts.push(`${plain(name)} ${figure(value)}`);
-  }
-  if (clip.seconds !== undefined) parts.push(`made in ${duration(clip.seconds)}`);
-  const name = clip.src && clip.status === "done"
-    ? el("a", { href: clip.src, class: "mono" }, plain(clip.name))
-    : el("span", { class: "mono" }, plain(clip.name));
-  return [
-    parts.length ? el("div", { class: "meta" }, parts.join(" · ")) : null,
-    el("div", { class: "meta" }, name,
-      clip.where ? ` ${plain(clip.where).slice(0, 120)}` : ""),
-  ];
-}
-
-function compared(row, screened) {
-  const clips = row.cells.map((i) => (i === null ? null : data.clips[i]));
-  const first = clips.find((clip) => clip);
-  const tag = { same: ["good", "same frames"], differs: ["warn", "frames differ"] };
-  const [kind, words] = tag[row.match] || ["", ""];
-  const about = el("div", { class: "caption about" },
-    words ? el("span", { class: `tag ${kind}` }, words) : null,
-    data.by_step || first.step !== undefined
-      ? el("strong", {}, plain(first.name)) : null,
-    first.step !== undefined && !data.by_step
-      ? el("span", { class: "meta" }, `step ${first.step.toLocaleString("en")}`)
-      : null,
-    prompts(first),
-    first.seed !== undefined
-      ? el("div", { class: "meta" }, `seed ${first.seed} · clip ${first.clip}`)
-      : null);
-  const cells = clips.map((clip, i) => {
-    const label = el("strong", { class: "meta" }, plain(data.columns[i]));
-    if (!clip) {
-      const none = el("div", { class: "screen none quiet" }, "not in this run");
-      none.style.aspectRatio = `${first.width || 16} / ${first.height || 9}`;
-      return el("div", { class: "card" }, none,
-        el("div", { class: "caption" }, label));
-    }
-    const other = clip.negative_prompt !== first.negative_prompt
-      ? prompts({ negative_prompt: clip.negative_prompt }) : [];
-    return el("div", { class: "card" }, screened(clip),
-      el("div", { class: "caption" }, label, other, facts(clip, first),
-        clip.hash ? el("div", { class: "meta mono" }, clip.hash) : null));
-  });
-  const node = el("div", { class: `row ${row.match || ""}` }, about, cells);
-  node.style.setProperty("--columns", clips.length);
-  return node;
 }

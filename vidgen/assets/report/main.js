@@ -10,12 +10,14 @@ const HEADLINES = [
   ["mesh", (f) => [...f].filter(([name]) => name.startsWith("mesh.axes."))
     .map(([name, size]) => `${name.slice(10)} ${size}`).join(", ")],
   ["commit", (f) => f.get("code.commit") &&
-    f.get("code.commit").slice(0, 10) + (f.get("code.dirty") ? " + changes" : "")],
+    f.get("code.commit").slice(0, 10) +
+    (f.get("code.dirty") ? " + changes" : "")],
   ["config", (f) => f.get("config_fingerprint")?.slice(0, 10)],
 ];
 
 function devices(facts) {
-  const [number, kind] = [facts.get("devices.count"), facts.get("devices.kind")];
+  const number = facts.get("devices.count");
+  const kind = facts.get("devices.kind");
   return number > 1 ? `${number} × ${kind}` : kind;
 }
 
@@ -35,7 +37,8 @@ function runsSection() {
   const last = data.runs.map((run) => Math.max(0,
     ...Object.values(run.curves).map(([x]) => x[x.length - 1])));
   const trained = last.some((step) => step);
-  const numeric = (text, kind = "") => el("td", { class: `number ${kind}` }, text);
+  const numeric = (text, kind = "") =>
+    el("td", { class: `number ${kind}` }, text);
   const head = (text) => el("th", { class: "number" }, text);
   const rows = data.runs.map((run, i) => {
     const { done, failed, missing, s } = made[i];
@@ -62,7 +65,8 @@ function runsSection() {
   });
   return el("section", {},
     el("div", { class: "scroll fit" }, table([
-      "run", ...(trained ? [head("steps")] : []), ...(clips ? ["done", "failed", "missing"].map(head) : []),
+      "run", ...(trained ? [head("steps")] : []),
+      ...(clips ? ["done", "failed", "missing"].map(head) : []),
       ...(timed ? [head("per clip")] : []),
       ...HEADLINES.filter((_, j) => used[j]).map(([name]) => name),
     ], rows)),

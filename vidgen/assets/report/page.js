@@ -24,8 +24,9 @@ function svg(tag, attributes = {}, text = "") {
 
 // Control characters, those that turn the direction of writing, and halves of
 // surrogate pairs: shown by number, so that a text can't pose as another.
-const HIDDEN =
-  /[\p{Cs}\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/gu;
+const HIDDEN = new RegExp(
+  "[\\p{Cs}\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f" +
+  "\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ufeff]", "gu");
 
 function shown(text, limit = Infinity) {
   const node = el("span", { class: "text", dir: "auto" });

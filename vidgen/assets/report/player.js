@@ -26,7 +26,8 @@ class Player {
   }
 
   get count() {
-    return this.clip.frames || Math.max(1, Math.round(this.duration * this.fps));
+    const { frames } = this.clip;
+    return frames || Math.max(1, Math.round(this.duration * this.fps));
   }
 
   get time() {
@@ -295,7 +296,8 @@ class Clock {
     player.mount();
     this.inSight.add(player);
     this.changed();
-    if (!this.playing || !player.controlled || this.group.length >= MOST) return;
+    if (!this.playing || !player.controlled) return;
+    if (this.group.length >= MOST) return;
     const turn = this.turn;
     player.ready().then(() => {
       if (turn !== this.turn || !this.inSight.has(player)) return;
