@@ -322,6 +322,15 @@ def test_gifs_and_folders_of_frames(show, tmp_path):
   assert "latents only" in page.inner_text(".screen.none")
 
 
+def test_a_clip_that_cannot_be_played_holds_up_none(show, tmp_path):
+  paths = report_runs.job(tmp_path / "job", ["a", "b"])
+  paths[0].write_bytes(b"x" * paths[0].stat().st_size)
+  page = show(report.write(tmp_path / "job"))
+  page.click("#play")
+  until(page, "document.querySelectorAll('video')[1].currentTime > 0.3")
+  assert page.locator(".frame").first.inner_text() == "cannot be played"
+
+
 def test_ten_thousand_clips(show, tmp_path):
   (path,) = report_runs.job(tmp_path / "job", ["a"])
   line = json.loads((tmp_path / "job" / "clips.jsonl").read_text())

@@ -57,6 +57,11 @@ class Player {
     } else {
       this.media = el("img", { alt: "", decoding: "async" });
     }
+    this.broken = false;
+    this.media.addEventListener("error", () => {
+      this.broken = true;
+      this.frame.textContent = "cannot be played";
+    });
     this.media.src = clip.src;
     this.screen.prepend(this.media);
   }
@@ -158,7 +163,7 @@ class Player {
   }
 
   tell() {
-    if (!this.media || !this.controlled) return;
+    if (!this.media || !this.controlled || this.broken) return;
     if (this.clip.kind === "frames" && this.started) this.#show(this.number);
     const text = `${this.number + 1} / ${this.count}`;
     if (this.frame.textContent !== text) this.frame.textContent = text;
