@@ -49,20 +49,33 @@ def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The whole lines of a file."""
+  """The whole lines of a file; what is no line of a ledger is left out."""
   result = []
   for line in path.read_bytes().split(b"\n"):
     try:
       record = json.loads(line)
-      record["index"] = int(record["index"])
-      files = record.setdefault("files", [])
-      stem = os.path.splitext(files[0])[0] if files else None
-      record.setdefault("name", stem)
-      record.setdefault("status", DONE)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+      index = record["index"]
+    except (ValueError, TypeError, KeyError, RecursionError):
       continue
-    result.append(record)
+    if type(index) is int:
+      result.append(_checked(record))
   return result
+
+
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+  """A line whose parts are of the types that they should be of."""
+  files = record.get("files")
+  files = files if isinstance(files, list) else []
+  files = [name for name in files if isinstance(name, str)]
+  name = record.get("name")
+  if not isinstance(name, str):
+    # Lines of an older make have no name, nor a status.
+    name = os.path.splitext(files[0])[0] if files else None
+  status = FAILED if record.get("status") == FAILED else DONE
+  for key in ("bytes", "sha256"):
+    if not isinstance(record.get(key, {}), dict):
+      del record[key]
+  return {**record, "files": files, "name": name, "status": status}
 
 
 def damage(
@@ -84,7 +97,7 @@ def damage(
       return f"{path}: the ledger has no size of it"
     if size != size_of(path):
       return f"{path}: has another size than was written"
-    if hashes and digest(path) != record["sha256"][name]:
+    if hashes and digest(path) != record.get("sha256", {}).get(name):
       return f"{path}: is not as it was written"
   return None
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vidgen import errors, posters
+from vidgen import errors, ledger, posters
 
 # What a clip is shown by, the best first; a folder of frames has no suffix.
 _SHOWN = ((".mp4", "video"), (".gif", "image"), ("", "frames"))
@@ -97,7 +97,7 @@ def load(folder: pathlib.Path) -> Run:
   if not folder.is_dir():
     raise errors.InputError(f"{folder}: there is no such folder of a run.")
   sizes = _sizes(folder)
-  clips = [_clip(record, folder, sizes) for record in read(folder)]
+  clips = [_clip(record, folder, sizes) for record in ledger.read(folder)]
   run = Run(
     folder,
     clips + _samples(folder),
@@ -118,17 +118,6 @@ def load(folder: pathlib.Path) -> Run:
       "or evaluate*.json; name the --out of a job or the --workdir of training."
     )
   return run
-
-
-def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the last line of each clip in the ledgers of a folder, by index."""
-  last = {}
-  for path in sorted(folder.glob("clips*.jsonl")):
-    for line, record in enumerate(_lines(path)):
-      index = record.get("index")
-      last[index if isinstance(index, int) else (path.name, line)] = record
-  order = lambda item: (0, item[0], "") if isinstance(item[0], int) else (1, 0)
-  return [record for _, record in sorted(last.items(), key=order)]
 
 
 def thin(points: Float[np.ndarray, "2 n"]) -> Float[np.ndarray, "2 m"]:

@@ -50,19 +50,6 @@ def test_a_jobs_clips_come_in_order_with_prompts_and_failures(tmp_path):
     sets.read_video(two)
 
 
-def test_the_last_line_of_a_clip_counts_and_a_torn_one_does_not(tmp_path):
-  lines = [{"index": 1, "a": 1}, {"index": 0, "a": 2}, {"index": 1, "a": 3}]
-  text = "".join(json.dumps(line) + "\n" for line in lines)
-  (tmp_path / "clips-00000-of-00002.jsonl").write_text(text + '{"index": 0, "a')
-  (tmp_path / "clips-00001-of-00002.jsonl").write_text('{"index": 2, "a": 4}\n')
-  assert [r["a"] for r in sets.read(tmp_path)] == [2, 3, 4]
-  (tmp_path / "clips-00001-of-00002.jsonl").write_text("{}\n")
-  with pytest.raises(
-    errors.CorruptError, match=r"of-00002.jsonl:1: is no line"
-  ):
-    sets.read(tmp_path)
-
-
 def test_what_loses_nothing_is_read_first(tmp_path):
   pixels = frames()
   folder = job(tmp_path / "a", [("one", pixels)], ("png", "mp4"))

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from vidgen import errors, tensorheader, video
+from vidgen import errors, ledger, tensorheader, video
 from vidgen.data import codec
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".gif")
@@ -69,7 +68,6 @@ def find(
 
   Raises:
     InputError: There is no such file or folder, or no video in it.
-    CorruptError: A line of the job's list of clips is broken.
   """
   path = pathlib.Path(path)
   if path.is_file():
@@ -77,7 +75,7 @@ def find(
   if not path.is_dir():
     raise errors.InputError(f"{path}: there is no such file or folder.")
   if any(path.glob("clips*.jsonl")):
-    items = [_of_record(path, r, preferred) for r in read(path)]
+    items = [_of_record(path, r, preferred) for r in ledger.read(path)]
   elif _frames_in(path):
     items = [_item(path.name, path)]
   else:
@@ -88,27 +86,6 @@ def find(
       "of a sampling job."
     )
   return items
-
-
-def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the last line of each clip of a job, in order of their indices.
-
-  Raises:
-    CorruptError: A line that is not the last is broken.
-  """
-  records: dict[int, dict[str, Any]] = {}
-  for path in sorted(folder.glob("clips*.jsonl")):
-    # A last line without an end was being written when the job died.
-    lines = path.read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(lines, 1):
-      try:
-        record = json.loads(line)
-        records[int(record["index"])] = record
-      except (ValueError, KeyError, TypeError) as error:
-        raise errors.CorruptError(
-          f"{path}:{number}: is no line of a list of clips."
-        ) from error
-  return [records[index] for index in sorted(records)]
 
 
 def read_video(item: Item, limit: int | None = None) -> Video:

@@ -1,0 +1,60 @@
+import json
+
+from vidgen import ledger
+
+
+def write(path, *records, torn=""):
+  text = "".join(json.dumps(r) + "\n" for r in records)
+  path.write_text(text + torn)
+
+
+def test_the_last_line_of_a_clip_counts_and_a_torn_one_does_not(tmp_path):
+  write(
+    tmp_path / "clips-00000-of-00002.jsonl",
+    {"index": 2, "name": "2_a", "status": "failed", "error": "no"},
+    {"index": 0, "name": "0_a", "status": "done"},
+    {"index": 2, "name": "2_a", "status": "done"},
+    torn='{"index": 3, "sta',
+  )
+  write(
+    tmp_path / "clips-00001-of-00002.jsonl",
+    {"index": 1, "name": "1_a", "status": "failed"},
+  )
+  told = [(r["index"], r["status"]) for r in ledger.read(tmp_path)]
+  assert told == [(0, "done"), (1, "failed"), (2, "done")]
+
+
+def test_clips_of_two_jobs_are_both_there_and_mended_failures_are_not(tmp_path):
+  write(
+    tmp_path / "clips.jsonl",
+    {"index": 0, "name": "0_a", "status": "done"},
+    {"index": 1, "name": None, "status": "failed"},
+    {"index": 0, "name": "0_b", "status": "done"},
+    {"index": 1, "name": "1_b", "status": "done"},
+    {"index": 2, "name": "2_b", "status": "failed"},
+  )
+  told = [(r["name"], r["status"]) for r in ledger.read(tmp_path)]
+  assert told == [
+    ("0_a", "done"),
+    ("0_b", "done"),
+    ("1_b", "done"),
+    ("2_b", "failed"),
+  ]
+
+
+def test_damage_is_found(tmp_path):
+  file = tmp_path / "0_a.mp4"
+  file.write_bytes(b"12345")
+  record = {
+    "files": [file.name],
+    "bytes": {file.name: 5},
+    "sha256": {file.name: ledger.digest(file)},
+  }
+  assert ledger.damage(tmp_path, record, hashes=True) is None
+  file.write_bytes(b"12346")
+  assert ledger.damage(tmp_path, record) is None
+  assert "not as it was" in ledger.damage(tmp_path, record, hashes=True)
+  file.write_bytes(b"1234")
+  assert "another size" in ledger.damage(tmp_path, record)
+  file.unlink()
+  assert "is missing" in ledger.damage(tmp_path, record)
