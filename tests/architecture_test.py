@@ -24,6 +24,7 @@ LAYERS = (
   {"models"},
   {"video", "checkpoint", "clips", "adapters", "publish"},
   {"workdir", "statefile", "runs", "preemption", "progress"},
+  {"environment", "filehashes", "fingerprint", "outputs", "provenance"},
   {"hosts", "rollcall", "supervisor"},
   {"meters", "goodput", "board"},
   {"data"},
@@ -32,6 +33,7 @@ LAYERS = (
   {"arguments", "ahead", "pipeline", "interpolation", "loading"},
   {"tasks"},
   {"prompts", "sample", "bench", "prepare", "train", "encode"},
+  {"likeness", "repro", "rerun"},
   {"topology", "compile", "programs"},
   {"cli"},
 )

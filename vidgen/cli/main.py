@@ -24,7 +24,11 @@ COMMANDS = {
   "compile": ("vidgen.cli.compile", "say whether a job fits a TPU slice"),
   "convert": ("vidgen.cli.convert", "change a checkpoint's layout"),
   "bench": ("vidgen.cli.bench", "time vidgen on this machine"),
+  "repro": ("vidgen.cli.repro", "say whether two runs gave the same"),
 }
+
+# Those that are given names besides flags.
+NAMING = ("repro",)
 
 # Those that run as one job in several processes; see `vidgen.hosts`.
 JOINING = ("train",)
@@ -97,7 +101,9 @@ def _run(command: types.ModuleType, name: str, argv: list[str]) -> int:
 
   # Libraries tell their own news at levels below.
   logging.set_verbosity(logging.ERROR)
-  values = parse.parse(command.define, f"vidgen {name}", argv)
+  values = parse.parse(
+    command.define, f"vidgen {name}", argv, takes_rest=name in NAMING
+  )
   return command.run(values) or 0
 
 

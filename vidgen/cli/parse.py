@@ -26,8 +26,33 @@ _NO_FIELD = (
 Define = Callable[[flags.FlagValues, list[str]], None]
 
 
+class _Values(flags.FlagValues):
+  """Flags that know the command line that set them."""
+
+  def __init__(self):
+    super().__init__()
+    # The class takes attributes for flags.
+    self.__dict__["_said"], self.__dict__["_rest"] = (), ()
+
+
+def said(values: flags.FlagValues) -> tuple[str, ...]:
+  """Returns the command line of flags that `parse` gave, without "vidgen"."""
+  return values.__dict__["_said"]
+
+
+def rest(values: flags.FlagValues) -> tuple[str, ...]:
+  """Returns the arguments of the command line that are no flags."""
+  return values.__dict__["_rest"]
+
+
+def config_path(argv: Sequence[str]) -> str | None:
+  """Returns the config file that a command line names; None for none."""
+  named = _take(list(argv), r"config")
+  return named[-1][1] if named else None
+
+
 def parse(
-  define: Define, command: str, argv: Sequence[str]
+  define: Define, command: str, argv: Sequence[str], takes_rest: bool = False
 ) -> flags.FlagValues:
   """Returns the flags that `define` defines, as `argv` sets them.
 
@@ -38,20 +63,22 @@ def parse(
     InputError: An unknown flag, a value of another type, a bad config file, or
       an argument that is no flag.
   """
-  values = flags.FlagValues()
+  values = _Values()
   values.set_gnu_getopt(True)
+  values.__dict__["_said"] = (command.split()[-1], *argv)
   argv = [command, *argv]
   try:
     define(values, argv)
-    rest = values(argv)[1:]
+    others = values(argv)[1:]
   except flags.UnrecognizedFlagError as error:
     raise errors.InputError(_unknown(error.flagname, values)) from error
   except flags.Error as error:
     text = str(error).removeprefix("flag ")
     raise errors.InputError(text) from error
-  if rest:
+  values.__dict__["_rest"] = tuple(others)
+  if others and not takes_rest:
     raise errors.InputError(
-      f"{rest[0]!r} is no flag, and {command} takes flags only; text with "
+      f"{others[0]!r} is no flag, and {command} takes flags only; text with "
       "spaces needs quotes."
     )
   return values
