@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from vidgen import clips, outputs, provenance
+from vidgen import clips, outputs, provenance, sharding
 
 
 @dataclasses.dataclass
@@ -76,6 +76,7 @@ def run(
   folder.mkdir(parents=True, exist_ok=True)
   config = ToyConfig(out=str(folder), **fields)
   with provenance.recording(folder, "sample", config) as record:
+    record.mesh(sharding.make_mesh(config.mesh or None))
     record.seeds(seed=config.seed)
     record.outputs(lambda: outputs.of_clips(folder))
     for index in range(count):

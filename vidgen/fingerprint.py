@@ -68,7 +68,7 @@ def digest(value: Any) -> str:
 
 def fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
   """Yields the fields of what `plain` gives: ("stages.0.num_steps", 6)."""
-  if isinstance(value, dict | list) and value:
+  if isinstance(value, dict | list) and (value or not name):
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in pairs:
       yield from fields(item, f"{name}.{key}" if name else str(key))

@@ -142,7 +142,7 @@ def _difference(
       "same format in both; make both with the same formats."
     )
   x, y = (
-    _read(folder / names[common[0]])
+    _read(folder, names[common[0]])
     for folder, names in zip(folders, suffixes, strict=True)
   )
   if x.shape != y.shape:
@@ -157,10 +157,11 @@ def _difference(
   return float(error.max()), psnr
 
 
-def _read(path: pathlib.Path) -> np.ndarray:
+def _read(folder: pathlib.Path, name: str) -> np.ndarray:
   """Returns a clip's frames, or its latents."""
-  if not tensorheader.is_plain(path.name):
-    raise errors.InputError(f"{path}: is no name of a clip.")
+  path = folder / name
+  if "/" in name or not tensorheader.is_plain(name):
+    raise errors.InputError(f"{folder}: {name!r} is no name of a clip.")
   if path.suffix == ".npz":
     try:
       with np.load(path, allow_pickle=False) as arrays:
@@ -209,7 +210,7 @@ def _numbers(first, second, tolerance):
   return Likeness(verdict, why, lines, worst)
 
 
-def _relative(a: float, b: float) -> float:
+def _relative(a: int | float, b: int | float) -> float:
   """Returns the difference of two numbers, relative to the larger one."""
   return abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0
 
@@ -235,4 +236,34 @@ def outputs_of(
       f"{name}: no outputs are recorded, the run ended as "
       f"{manifest['exit']['reason']!r}; run it to its end first."
     )
+  if not _is_as_written(found):
+    raise errors.CorruptError(f"{name}: outputs are not as they were written.")
   return found
+
+
+def _is_as_written(found: Any) -> bool:
+  """Says whether this is what `vidgen.outputs` makes."""
+  if not isinstance(found, dict):
+    return False
+  if found.get("kind") == "clips":
+    lists = [found.get("clips"), found.get("failed")]
+    return all(
+      isinstance(items, list)
+      and all(isinstance(i, dict) and _is_int(i.get("index")) for i in items)
+      for items in lists
+    ) and all(
+      isinstance(clip.get("sha256"), dict)
+      and isinstance(clip.get("frames_sha256"), str | None)
+      for clip in lists[0]
+    )
+  metrics = found.get("metrics")
+  return (
+    found.get("kind") in ("state", "metrics")
+    and isinstance(metrics, dict)
+    and all(isinstance(value, int | float) for value in metrics.values())
+    and isinstance(found.get("state_sha256"), str | None)
+  )
+
+
+def _is_int(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)

@@ -128,7 +128,7 @@ def of_training(
   }
 
 
-def last_metrics(path: pathlib.Path) -> dict[str, float]:
+def last_metrics(path: pathlib.Path) -> dict[str, int | float]:
   """Returns the numbers of the last whole line of metrics; {} without any."""
   try:
     lines = path.read_bytes().split(b"\n")
@@ -144,7 +144,7 @@ def last_metrics(path: pathlib.Path) -> dict[str, float]:
   return {}
 
 
-def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+def numbers(record: Mapping[str, Any]) -> dict[str, int | float]:
   """Returns the numbers of a record, by their dotted names."""
   return {
     name: value

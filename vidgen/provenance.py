@@ -185,6 +185,9 @@ class Record:
         self._values["outputs"] = self._outputs()
       except Exception as problem:
         self._values["unknown"]["outputs"] = _line(problem)
+    if error is None:
+      for name, problem in self._values["unknown"].items():
+        _warn(f"{self.path}: has no {name}: {problem}")
     self.write()
 
   def _settle(self, group: str, name: str, job: futures.Future) -> None:
@@ -304,11 +307,7 @@ def _earlier(path: pathlib.Path) -> list[dict[str, Any]]:
     reason = f"{path}: has no list of attempts."
   except errors.VidgenError as error:
     reason = str(error)
-  print(
-    f"WARNING: what it tells of earlier attempts is lost: {reason}",
-    file=sys.stderr,
-    flush=True,
-  )
+  _warn(f"what it told of earlier attempts is lost: {reason}")
   return []
 
 
@@ -325,6 +324,10 @@ def _exit(error: BaseException | None) -> tuple[str, int]:
   if isinstance(error, SystemExit) and isinstance(error.code, int):
     return "ended", error.code
   return f"failed: {type(error).__name__}: {_line(error)}", 1
+
+
+def _warn(text: str) -> None:
+  print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def _line(error: BaseException) -> str:

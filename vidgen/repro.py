@@ -166,15 +166,8 @@ def check(
     raise errors.InputError(f"--tolerance={tolerance}: give 0 or more.")
   sides = [read(first), read(second)]
   made = [likeness.outputs_of(s.manifest, s.folder, s.name) for s in sides]
-  try:
-    like = likeness.compare(
-      *made, (sides[0].folder, sides[1].folder), tolerance
-    )
-  except (KeyError, TypeError, AttributeError) as error:
-    raise errors.CorruptError(
-      f"{sides[0].name} or {sides[1].name}: the outputs are not as they were "
-      f"written ({error})."
-    ) from error
+  folders = (sides[0].folder, sides[1].folder)
+  like = likeness.compare(*made, folders, tolerance)
   found = differences(sides[0].manifest, sides[1].manifest)
   return Report(sides[0].name, sides[1].name, found, like)
 
@@ -221,6 +214,9 @@ def differences(
 ) -> list[Difference]:
   """Returns the fields in which two manifests differ, causes first."""
   idle = [*first["idle"], *second["idle"]]
+  # The mesh itself is told where it is known; a config may say "auto".
+  if None not in (first["mesh"], second["mesh"]):
+    idle += ["mesh"]
   a, b = dict(_facts(first, idle)), dict(_facts(second, idle))
   names = dict.fromkeys([*a, *b])
   absent = object()
@@ -246,7 +242,7 @@ def _facts(
   """Yields what a manifest says, as ((kind, name), value)."""
   yield ("command", "command"), manifest["command"]
   for name, value in fingerprint.fields(manifest["config"]):
-    yield (_kind_of(name, idle, manifest["mesh"]), name), value
+    yield (_kind_of(name, idle), name), value
   for name, value in manifest["seeds"].items():
     yield ("seed", name), value
   for kind in ("weights", "tokenizer", "inputs"):
@@ -283,16 +279,13 @@ def _machine(
     yield ("mesh", "devices"), manifest["mesh"].get("devices")
 
 
-def _kind_of(name: str, idle: list[str], mesh: Any) -> str:
+def _kind_of(name: str, idle: list[str]) -> str:
   """Returns what kind of field of a config this is."""
   if fingerprint.is_idle(name, idle):
     return OTHER
   if name == "seed":
     return "seed"
-  if name.split(".")[0] == "mesh":
-    # The mesh itself is told where it is known; a config may say "auto".
-    return "mesh" if mesh is None else OTHER
-  return "config"
+  return "mesh" if name.split(".")[0] == "mesh" else "config"
 
 
 def _conditions(manifest: dict[str, Any]) -> int:
