@@ -12,6 +12,9 @@ from typing import Any
 from vidgen import environment, errors, filehashes, repro
 from vidgen.repro import Difference
 
+# What starts a run.
+_call = subprocess.run
+
 # The config file of a run that is made again, in its folder.
 CONFIG = "rerun_config.py"
 
@@ -25,6 +28,9 @@ def run(
   warn: Callable[[str], None] | None = None,
 ) -> repro.Report:
   """Runs a recorded command again, and compares what came of it.
+
+  A config is a program: the manifest should be one of your own, or of somebody
+  whose programs you would run.
 
   The config's recorded text and the recorded flags are used, in the recorded
   directory, with another folder to write to. What differs from then, as far as
@@ -61,7 +67,7 @@ def run(
   if side.manifest.get("config_file") is not None:
     text = str(side.manifest.get("config_text"))
     (target / CONFIG).write_text(text, encoding="utf-8")
-  code = subprocess.run(
+  code = _call(
     [sys.executable, "-m", "vidgen.cli.main", *argv],
     cwd=place,
     env=environ(side.manifest, os.environ),

@@ -17,7 +17,7 @@ says why: the first recorded thing that they do not share.
 
 rerun runs the recorded command again, with the recorded text of its config, in
 the recorded directory; a line tells of each thing that has changed since. Then
-it checks.
+it checks. A config is a program: rerun manifests of people whom you trust.
 
 example
   vidgen repro check videos videos_of_another_day
