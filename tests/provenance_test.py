@@ -159,7 +159,7 @@ def test_what_cannot_be_found_out_fails_nobody(tmp_path, monkeypatch, capsys):
 
 
 def test_a_stopped_run_does_not_wait_for_hashes(tmp_path, monkeypatch):
-  read_once, go = threading.Event(), threading.Event()
+  read_once, go, begun = (threading.Event() for _ in range(3))
   real = provenance.filehashes.Hashes._digest
 
   def slow(self, file):
@@ -177,6 +177,7 @@ def test_a_stopped_run_does_not_wait_for_hashes(tmp_path, monkeypatch):
   ):
     for name in "abc":
       record.inputs(tmp_path / f"{name}.txt", name)
+    record.data("d", begun.set)
     read_once.wait(20)
     threading.Timer(0.2, go.set).start()
     raise errors.PreemptedError("stopped.")
@@ -185,6 +186,7 @@ def test_a_stopped_run_does_not_wait_for_hashes(tmp_path, monkeypatch):
   assert told["exit"]["reason"] == "preempted"
   assert {v["sha256"] for v in told["inputs"].values()} == {None}
   assert set(told["unknown"].values()) == {"the run ended before"}
+  assert not begun.is_set()
 
 
 def test_hashes_are_made_while_the_run_goes_on(tmp_path):
