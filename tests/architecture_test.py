@@ -33,7 +33,7 @@ LAYERS = (
   {"arguments", "ahead", "pipeline", "interpolation", "loading"},
   {"tasks"},
   {"prompts", "sample", "bench", "prepare", "train", "encode"},
-  {"likeness", "repro", "rerun"},
+  {"likeness", "repro", "rerun", "seedtable"},
   {"topology", "compile", "programs"},
   {"cli"},
 )

@@ -1,11 +1,13 @@
-"""Says whether two runs gave the same, or makes a run again to see.
+"""Says whether two runs gave the same, makes one again, or tells of several.
 
 usage: vidgen repro check A B [flags]
        vidgen repro rerun RUN --out=DIR [flags]
+       vidgen repro report RUN RUN ... [--out=FILE.md]
 
   A, B, RUN           folders that vidgen sample, train or evaluate has written,
-                      or the manifest.json in one
-  --out=DIR           a new folder for the run made again
+                      or the manifest.json in one; report takes the JSON files
+                      of vidgen evaluate, too
+  --out=DIR           a new folder for the run made again; the table's file
   --tolerance=X       calls runs equal to rounding that differ by X at most: in
                       a pixel, of 0 to 255, or in a metric, relative to it
   --json=FILE         writes what was found there too
@@ -19,9 +21,13 @@ rerun runs the recorded command again, with the recorded text of its config, in
 the recorded directory; a line tells of each thing that has changed since. Then
 it checks. A config is a program: rerun manifests of people whom you trust.
 
+report prints a table in Markdown of the last metrics of runs of several seeds:
+mean, 95 % interval by Student's t, and what the runs do not share besides.
+
 example
   vidgen repro check videos videos_of_another_day
   vidgen repro rerun videos --out=again
+  vidgen repro report runs/seed0 runs/seed1 runs/seed2
 """
 
 from absl import flags
@@ -29,7 +35,7 @@ from absl import flags
 from vidgen import errors
 from vidgen.cli import cache, parse
 
-_NEEDS = {"check": ("A", "B"), "rerun": ("RUN",)}
+_NEEDS = {"check": (2,), "rerun": (1,), "report": range(1, 10_000)}
 
 
 def define(values: flags.FlagValues, argv: list[str]) -> None:
@@ -42,14 +48,21 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
 
 def run(values: flags.FlagValues) -> int:
   """Compares, and prints the verdict."""
-  from vidgen import likeness, repro, rerun
+  from vidgen import likeness, repro, rerun, seedtable
 
   action, *names = parse.rest(values) or ("",)
-  if action not in _NEEDS or len(names) != len(_NEEDS[action]):
+  if action not in _NEEDS or len(names) not in _NEEDS[action]:
     raise errors.InputError(
-      "give check A B, or rerun RUN --out=DIR; see vidgen repro --help."
+      "give check A B, rerun RUN --out=DIR, or report RUN ...; see vidgen "
+      "repro --help."
     )
   tolerance, out = values["tolerance"].value, values["out"].value
+  if action == "report":
+    table = seedtable.make(names)
+    if out:
+      seedtable.write(out, table)
+    print(table, end="")
+    return 0
   if action == "check":
     if out:
       raise errors.InputError("--out: is for rerun; check writes no folder.")
