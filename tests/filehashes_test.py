@@ -115,6 +115,17 @@ def test_parts_of_a_checkpoint(tmp_path):
   assert filehashes.Hashes().path(tmp_path)["unet"] != two["unet"]
 
 
+def test_every_file_of_a_folder_of_videos(tmp_path):
+  write(tmp_path / "a.mp4")
+  write(tmp_path / "b" / "000000.png")
+  write(tmp_path / ".b.tmp.mp4")
+  assert filehashes.Hashes().path(tmp_path) == {}
+  one = filehashes.Hashes().path(tmp_path, every=True)
+  assert sorted(one) == ["a.mp4", "b"]
+  write(tmp_path / "b" / "000000.png", b"other")
+  assert filehashes.Hashes().path(tmp_path, every=True)["b"] != one["b"]
+
+
 def test_it_stops_when_asked(tmp_path):
   stopped = threading.Event()
   stopped.set()

@@ -35,6 +35,8 @@ def test_a_run_that_is_done(tmp_path):
   weights.mkdir(parents=True)
   (weights / "a.safetensors").write_bytes(b"x")
   (tmp_path / "p.txt").write_text("A star.\n")
+  (tmp_path / "images").mkdir()
+  (tmp_path / "images" / "a.png").write_bytes(b"x")
   with provenance.recording(
     tmp_path, "sample", config, origin=origin
   ) as record:
@@ -45,6 +47,7 @@ def test_a_run_that_is_done(tmp_path):
     record.seeds(seed=3)
     record.weights(tmp_path / "weights")
     record.inputs(tmp_path / "p.txt", "prompts")
+    record.inputs(tmp_path / "images", "image")
     record.data("stages.0", lambda: "0123")
     record.outputs({"kind": "metrics", "metrics": {"psnr": 1.0}})
   told = read(tmp_path)
@@ -56,6 +59,7 @@ def test_a_run_that_is_done(tmp_path):
   assert told["seeds"] == {"seed": 3}
   assert list(told["weights"]["checkpoint"]["sha256"]) == ["vae"]
   assert list(told["inputs"]["prompts"]["sha256"]) == ["p.txt"]
+  assert list(told["inputs"]["image"]["sha256"]) == ["a.png"]
   assert told["data"] == {"stages.0": "0123"}
   assert told["outputs"]["metrics"] == {"psnr": 1.0}
   assert told["versions"]["jax"] == jax.__version__

@@ -77,34 +77,43 @@ class Hashes:
       self._known[name] = self._new[name] = [*mark, found]
     return found
 
-  def folder(self, path: str | os.PathLike) -> dict[str, str]:
-    """Returns a SHA-256 of each part of a folder of weights or words.
+  def folder(
+    self, path: str | os.PathLike, every: bool = False
+  ) -> dict[str, str]:
+    """Returns a SHA-256 of each part of a folder.
 
     A part is a folder in it ("transformer"), or a file of its own. A folder's
-    hash is that of the names and hashes of the files in it that are read.
+    hash is that of the names and hashes of the files in it.
+
+    Args:
+      path: The folder.
+      every: Counts every file; else those that weights and words are read
+        from. Hidden ones never count.
     """
     home, parts = pathlib.Path(path), {}
     for item in sorted(home.iterdir()):
       if item.name.startswith("."):
         continue
       if item.is_file():
-        if item.suffix in SUFFIXES:
+        if every or item.suffix in SUFFIXES:
           parts[item.name] = self.file(item)
         continue
       files = {
         file.relative_to(item).as_posix(): self.file(file)
         for file in sorted(item.rglob("*"))
-        if file.is_file() and _counts(file.relative_to(item))
+        if file.is_file() and _counts(file.relative_to(item), every)
       }
       if files:
         text = json.dumps(files, sort_keys=True)
         parts[item.name] = hashlib.sha256(text.encode()).hexdigest()
     return parts
 
-  def path(self, path: str | os.PathLike) -> dict[str, str]:
+  def path(
+    self, path: str | os.PathLike, every: bool = False
+  ) -> dict[str, str]:
     """Returns the hashes of a folder, or of one file, by name."""
     if os.path.isdir(path):
-      return self.folder(path)
+      return self.folder(path, every)
     return {os.path.basename(path): self.file(path)}
 
   def remember(self) -> None:
@@ -131,11 +140,13 @@ class Hashes:
     return digest.hexdigest()
 
 
-def _counts(path: pathlib.Path) -> bool:
+def _counts(path: pathlib.Path, every: bool) -> bool:
   """Says whether a file is one of those that are read."""
   if any(part.startswith(".") for part in path.parts):
     return False
-  return path.suffix in SUFFIXES or bool({*_ORBAX} & {*path.parts[:-1]})
+  return (
+    every or path.suffix in SUFFIXES or bool({*_ORBAX} & {*path.parts[:-1]})
+  )
 
 
 def _read(memory: pathlib.Path | None) -> dict[str, list[Any]]:

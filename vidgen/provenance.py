@@ -120,7 +120,7 @@ class Record:
     self._hash("tokenizer", name, path)
 
   def inputs(self, path: str | os.PathLike, name: str) -> None:
-    """Hashes a file that is read besides: prompts, an image, a video."""
+    """Hashes a file that is read besides, or a folder: prompts, videos."""
     self._hash("inputs", name, path)
 
   def data(self, name: str, value: str | Callable[[], Any]) -> None:
@@ -151,7 +151,8 @@ class Record:
   def _hash(self, group: str, name: str, path: str | os.PathLike) -> None:
     place = os.path.realpath(path)
     self._values[group][name] = {"path": place, "sha256": None}
-    self._submit(group, name, lambda: self._hashes.path(place))
+    every = group == "inputs"
+    self._submit(group, name, lambda: self._hashes.path(place, every))
 
   def _submit(self, group: str, name: str, give: Callable[[], Any]) -> None:
     if self._writes:

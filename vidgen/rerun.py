@@ -164,16 +164,18 @@ def changes(
     for item in now[kind].values():
       # What was not known then cannot have changed.
       if item["sha256"] is not None:
-        item["sha256"] = _hashed(hashes, item["path"])
+        item["sha256"] = _hashed(hashes, item["path"], kind == "inputs")
   hashes.remember()
   found = repro.differences(manifest, now)
   return [difference for difference in found if difference.kind != repro.OTHER]
 
 
-def _hashed(hashes: filehashes.Hashes, path: str) -> dict[str, str] | None:
+def _hashed(
+  hashes: filehashes.Hashes, path: str, every: bool
+) -> dict[str, str] | None:
   """Returns the hashes of what is there; None where there is nothing."""
   try:
-    return hashes.path(path)
+    return hashes.path(path, every)
   except (errors.StorageError, OSError):
     return None
 

@@ -36,7 +36,7 @@ from vidgen import (
   train_step,
   video,
 )
-from vidgen.data import loader
+from vidgen.data import cache, loader
 from vidgen.optimizers import OptimizerConfig, Rate
 from vidgen.tasks import base
 
@@ -265,6 +265,10 @@ def _record_sources(record: provenance.Record, trainer: "Trainer") -> None:
   for number, stage in enumerate(config.stages):
     give = functools.partial(loader.dataset_fingerprint, stage.data)
     record.data(f"stages.{number}", give)
+    if stage.data.cache is not None:
+      path = stage.data.cache
+      give = lambda path=path: cache.Cache(path).key
+      record.data(f"stages.{number}.cache", give)
 
 
 def _pattern(text: str) -> re.Pattern[str]:
