@@ -25,6 +25,7 @@ LAYERS = (
   {"video", "checkpoint", "adapters", "publish"},
   {"ledger", "clips", "modelmark", "writer"},
   {"workdir", "statefile", "runs", "preemption", "progress"},
+  {"environment", "filehashes", "fingerprint", "outputs", "provenance"},
   {"hosts", "rollcall", "supervisor"},
   {"meters", "goodput", "board"},
   {"data"},
@@ -35,6 +36,7 @@ LAYERS = (
   {"tasks"},
   {"prompt_records", "prompts", "sample_plan", "sample"},
   {"bench", "prepare", "train", "encode", "evaluate"},
+  {"likeness", "repro", "rerun", "seedtable"},
   {"topology", "compile", "programs"},
   {"cli"},
 )

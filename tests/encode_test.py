@@ -77,6 +77,9 @@ def test_trains_as_from_videos(data_dir, checkpoint, tmp_path):
   got = trained(from_cache(config, out), tmp_path / "cached")
   assert len(want) == 4
   np.testing.assert_allclose(got, want, rtol=1e-5)
+  text = (tmp_path / "cached" / "manifest.json").read_text()
+  told = json.loads(text)["data"]
+  assert told["stages.0.cache"] == cache.Cache(out).key
 
 
 @pytest.mark.slow

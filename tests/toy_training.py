@@ -39,6 +39,9 @@ class Toy:
   def start(self, places):
     return {}
 
+  def reads(self):
+    return {}
+
   def with_options(self, options):
     return self
 

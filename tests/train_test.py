@@ -21,6 +21,7 @@ from tests import tiny_training
 from vidgen import (
   adapters,
   errors,
+  outputs,
   runs,
   sharding,
   statefile,
@@ -77,6 +78,22 @@ def test_a_run_leaves_what_it_should(undisturbed):
   assert "goodput.json" in names
   assert sorted(losses(workdir)) == [1, 2, 3, 4, 5, 6]
   assert all(np.isfinite(list(losses(workdir).values())))
+
+
+def test_a_run_tells_what_it_is_made_of(undisturbed, data_dir):
+  config, workdir = undisturbed
+  told = json.loads((workdir / "manifest.json").read_text())
+  assert told["exit"] == {"reason": "done", "code": 0}
+  assert told["unknown"] == {}
+  assert sorted(told["weights"]) == ["text_encoder", "transformer", "vae"]
+  for item in (*told["weights"].values(), *told["tokenizer"].values()):
+    assert "config.json" in item["sha256"] or "tokenizer.json" in item["sha256"]
+  fingerprint = loader.dataset_fingerprint(config.stages[0].data)
+  assert told["data"] == {"stages.0": fingerprint}
+  assert told["outputs"]["step"] == 6
+  assert told["outputs"]["metrics"]["loss"] == losses(workdir)[6]
+  state = outputs.state_digest(final(workdir))
+  assert told["outputs"]["state_sha256"] == state
 
 
 def test_what_was_trained_samples(undisturbed, checkpoint):

@@ -27,14 +27,16 @@ from vidgen import (
   layouts,
   meters,
   optimizers,
+  outputs,
   preemption,
+  provenance,
   runs,
   sharding,
   tensorheader,
   train_step,
   video,
 )
-from vidgen.data import loader
+from vidgen.data import cache, loader
 from vidgen.optimizers import OptimizerConfig, Rate
 from vidgen.tasks import base
 
@@ -120,6 +122,10 @@ FREE = (
   "stages.*.data.workers",
   "stages.*.data.prefetch",
 )
+# Of these, what changes no number: not where it ends, nor on which mesh.
+IDLE = tuple(
+  name for name in FREE if name not in ("num_steps", "mesh", "mesh.*")
+)
 
 
 def check(config: TrainConfig) -> int:
@@ -153,8 +159,17 @@ def check(config: TrainConfig) -> int:
   return total
 
 
-def run(config: TrainConfig, workdir: str | pathlib.Path) -> pathlib.Path:
+def run(
+  config: TrainConfig,
+  workdir: str | pathlib.Path,
+  origin: provenance.Origin | None = None,
+) -> pathlib.Path:
   """Trains, and returns the folder of what was trained.
+
+  Args:
+    config: The run.
+    workdir: Its folder.
+    origin: How the job was called, for its manifest.
 
   Raises:
     InputError: A bad config, no data, or a folder of another config.
@@ -174,9 +189,13 @@ def run(config: TrainConfig, workdir: str | pathlib.Path) -> pathlib.Path:
   trainer.check_data()
   with (
     open_folder(config, workdir) as folder,
+    provenance.recording(
+      folder.path, "train", config, origin=origin, idle=IDLE
+    ) as record,
     meters.Meters(workdir, total, log_every=config.log_every) as meter,
     preemption.Preemption() as stop,
   ):
+    _record_sources(record, trainer)
     with meter.timing("load"):
       state = trainer.start(folder)
       frozen = task.frozen(mesh)
@@ -185,6 +204,11 @@ def run(config: TrainConfig, workdir: str | pathlib.Path) -> pathlib.Path:
     with meter.timing("checkpoint"):
       folder.save(int(state.step), state)
       folder.wait()
+    with meter.timing("manifest"):
+      digest = outputs.state_digest(state)
+      record.outputs(
+        lambda: outputs.of_training(folder.path, folder.latest(), digest)
+      )
     with meter.timing("publish"):
       return _publish(task, state, frozen, workdir)
 
@@ -227,6 +251,24 @@ def open_folder(config: TrainConfig, workdir: str | pathlib.Path) -> runs.Run:
   return runs.Run.open(
     workdir, dataclasses.asdict(config), free=FREE, keep=config.keep
   )
+
+
+def _record_sources(record: provenance.Record, trainer: "Trainer") -> None:
+  """Says what the run is made of."""
+  config = trainer.config
+  record.mesh(trainer.mesh)
+  record.seeds(seed=config.seed)
+  for name, path in trainer.task.reads().items():
+    # Words are read as weights are; who compares two runs tells them apart.
+    tell = record.tokenizer if name == "tokenizer" else record.weights
+    tell(path, name)
+  for number, stage in enumerate(config.stages):
+    give = functools.partial(loader.dataset_fingerprint, stage.data)
+    record.data(f"stages.{number}", give)
+    if stage.data.cache is not None:
+      path = stage.data.cache
+      give = lambda path=path: cache.Cache(path).key
+      record.data(f"stages.{number}.cache", give)
 
 
 def _pattern(text: str) -> re.Pattern[str]:

@@ -16,9 +16,8 @@ def enable() -> None:
   """
   if jax.config.jax_compilation_cache_dir is not None:
     return
-  folder = os.environ.get("VIDGEN_CACHE", "")
   try:
-    path = pathlib.Path(folder or "~/.cache/vidgen/xla").expanduser()
+    path = _home("~/.cache/vidgen/xla")
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
       pass
@@ -28,3 +27,17 @@ def enable() -> None:
   jax.config.update("jax_compilation_cache_dir", os.fspath(path))
   # The default, a second, leaves out small programs that add up.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def hashes() -> pathlib.Path | None:
+  """Returns where the hashes of large files are remembered, if anywhere."""
+  try:
+    return _home("~/.cache/vidgen") / "hashes.json"
+  except RuntimeError:
+    return None
+
+
+def _home(default: str) -> pathlib.Path:
+  return pathlib.Path(
+    os.environ.get("VIDGEN_CACHE", "") or default
+  ).expanduser()

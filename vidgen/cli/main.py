@@ -26,10 +26,11 @@ COMMANDS = {
   "evaluate": ("vidgen.cli.evaluate", "measure videos"),
   "report": ("vidgen.cli.report", "show runs on a page for a browser"),
   "bench": ("vidgen.cli.bench", "time vidgen on this machine"),
+  "repro": ("vidgen.cli.repro", "say whether two runs gave the same"),
 }
 
 # Those that are given names besides flags.
-NAMING = ("report",)
+NAMING = ("repro", "report")
 
 # Those that run as one job in several processes; see `vidgen.hosts`.
 JOINING = ("train",)

@@ -27,17 +27,28 @@ Define = Callable[[flags.FlagValues, list[str]], None]
 
 
 class _Values(flags.FlagValues):
-  """Flags, and the arguments beside them."""
+  """Flags that know the command line that set them."""
 
   def __init__(self):
     super().__init__()
     # The class takes attributes for flags.
-    self.__dict__["_rest"] = ()
+    self.__dict__["_said"], self.__dict__["_rest"] = (), ()
+
+
+def said(values: flags.FlagValues) -> tuple[str, ...]:
+  """Returns the command line of flags that `parse` gave, without "vidgen"."""
+  return values.__dict__["_said"]
 
 
 def rest(values: flags.FlagValues) -> tuple[str, ...]:
   """Returns the arguments of the command line that are no flags."""
   return values.__dict__["_rest"]
+
+
+def config_path(argv: Sequence[str]) -> str | None:
+  """Returns the config file that a command line names; None for none."""
+  named = _take(list(argv), r"config")
+  return named[-1][1] if named else None
 
 
 def parse(
@@ -54,6 +65,7 @@ def parse(
   """
   values = _Values()
   values.set_gnu_getopt(True)
+  values.__dict__["_said"] = (command.split()[-1], *argv)
   argv = [command, *argv]
   try:
     define(values, argv)
@@ -63,9 +75,8 @@ def parse(
   except flags.Error as error:
     text = str(error).removeprefix("flag ")
     raise errors.InputError(text) from error
-  if takes_rest:
-    values.__dict__["_rest"] = tuple(others)
-  elif others:
+  values.__dict__["_rest"] = tuple(others)
+  if others and not takes_rest:
     raise errors.InputError(
       f"{others[0]!r} is no flag, and {command} takes flags only; text with "
       "spaces needs quotes."

@@ -5,7 +5,7 @@ usage: vidgen train --config=FILE --workdir=DIR [flags]
   --config=FILE       a Python file whose get_config() returns the run; see
                       configs/*_train.py
   --workdir=DIR       the run's folder: its config, checkpoints, metrics,
-                      samples, and at the end DIR/published
+                      samples, manifest.json, and at the end DIR/published
 
 any field of the config, --config.FIELD=VALUE
   seed num_steps accumulate ema_decay mesh.AXIS checkpoint_every keep
@@ -30,7 +30,7 @@ import os
 from absl import flags
 
 from vidgen import errors
-from vidgen.cli import cache, parse
+from vidgen.cli import cache, origin, parse
 
 
 def define(values: flags.FlagValues, argv: list[str]) -> None:
@@ -55,5 +55,5 @@ def run(values: flags.FlagValues) -> None:
   config, workdir = values["config"].value, values["workdir"].value
   what = {"config": dataclasses.asdict(config), "workdir": workdir}
   with hosts.joined(os.environ, what):
-    published = train.run(config, workdir)
+    published = train.run(config, workdir, origin.of(values, "workdir"))
   print(f"Trained; the result is in {published}.")

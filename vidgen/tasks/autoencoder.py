@@ -8,6 +8,7 @@ sums.
 """
 
 import dataclasses
+import pathlib
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -257,6 +258,10 @@ class AutoencoderTask:
   def start(self, places: dict[str, PyTree]) -> dict[str, PyTree]:
     """Returns nothing: every group starts at random."""
     del places
+    return {}
+
+  def reads(self) -> dict[str, pathlib.Path]:
+    """Returns nothing: LPIPS's weights come with a package."""
     return {}
 
   def frozen(self, mesh: Any) -> dict[str, PyTree]:

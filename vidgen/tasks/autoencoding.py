@@ -107,6 +107,12 @@ class AutoencoderRun(autoencoder.AutoencoderTask):
     autoencoder.check(other.config)
     return other
 
+  def reads(self) -> dict[str, pathlib.Path]:
+    """Returns the folder of the autoencoder that the run starts from."""
+    if self._run.checkpoint is None:
+      return {}
+    return {VAE: checkpoint.resolve(self._run.checkpoint) / VAE}
+
   def start(self, places: dict[str, PyTree]) -> dict[str, PyTree]:
     """Returns the autoencoder of the checkpoint that the run starts from."""
     if self._run.checkpoint is None:

@@ -53,6 +53,9 @@ class Task(Protocol):
   def start(self, places: dict[str, PyTree]) -> dict[str, PyTree]:
     """Returns the groups that start from a checkpoint, on their devices."""
 
+  def reads(self) -> dict[str, pathlib.Path]:
+    """Returns the folders of weights and words that it reads, by name."""
+
   def with_options(self, options: dict[str, Any]) -> "Task":
     """Returns the task as a stage has it, some of its fields replaced."""
 

@@ -230,6 +230,12 @@ class DiffusionTask:
         return apply(inputs, None, tiling=False)["text"]
     raise ValueError("The model has no text encoder.")
 
+  def reads(self) -> dict[str, pathlib.Path]:
+    """Returns the folders of the components that have weights, and of words."""
+    homes = {name: self._opened.home(name) for name in self._opened.components}
+    found = {name: home / name for name, home in homes.items() if home}
+    return found | ({"tokenizer": self._words} if self._words else {})
+
   def tokens(self, captions: list[str]) -> dict[str, np.ndarray]:
     """Returns what `embed` reads of captions."""
     return noising.tokens(self.model, captions, self._plan)

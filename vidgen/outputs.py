@@ -1,0 +1,173 @@
+"""What a run made, in so few words that two runs can be compared by them."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+from vidgen import errors, fingerprint, statefile, tensorheader
+from vidgen import manifest as manifest_lib
+
+LEDGERS = "clips*.jsonl"
+METRICS = "metrics.jsonl"
+# Numbers in it that tell of time, not of what was learnt.
+_SPEED = ("seconds_per_step", "videos_per_second", "mfu", "time")
+
+
+def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the last line of each index of a sampling job, in order.
+
+  A last line that was cut off does not count.
+
+  Raises:
+    StorageError: A ledger cannot be read.
+  """
+  found = {}
+  for path in sorted(folder.glob(LEDGERS)):
+    try:
+      lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+      raise errors.StorageError(f"{path}: {error.strerror}.") from error
+    for line in lines:
+      try:
+        record = json.loads(line)
+        found[int(record["index"])] = record
+      except (ValueError, TypeError, LookupError):
+        continue
+  return [found[index] for index in sorted(found)]
+
+
+def of_clips(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns what a sampling job has made, as its ledger tells.
+
+  `digest` is of all clips' frames, or of the files' bytes where a job kept no
+  frames.
+  """
+  clips, failed = [], []
+  for record in read(folder):
+    if record.get("status", "done") != "done":
+      failed.append(
+        {name: record.get(name) for name in ("index", "name", "error")}
+      )
+      continue
+    files = record.get("files", [])
+    name = record.get("name") or pathlib.Path(files[0]).stem if files else None
+    clips.append(
+      {
+        "index": record["index"],
+        "name": name,
+        "frames_sha256": record.get("frames_sha256"),
+        "sha256": record.get("sha256", {}),
+      }
+    )
+  marks = [
+    [clip["index"], clip["frames_sha256"] or clip["sha256"]] for clip in clips
+  ]
+  return {
+    "kind": "clips",
+    "done": len(clips),
+    "failed": failed,
+    "digest": fingerprint.digest(marks),
+    "clips": clips,
+  }
+
+
+def state_digest(state: PyTree) -> str:
+  """Returns a SHA-256 of the names, dtypes, shapes and bits of a state.
+
+  It does not depend on the mesh that the state lies on, nor on what a
+  checkpoint of it looks like: Orbax names its files at random. Every process
+  calls this; one array at a time is brought to the host.
+  """
+  digest = hashlib.sha256()
+  for name, leaf in sorted(statefile.named(state).items()):
+    whole = _on_host(leaf)
+    if jax.process_index() == 0:
+      head = [name, whole.dtype.name, list(whole.shape)]
+      digest.update(json.dumps(head).encode())
+      digest.update(np.ascontiguousarray(whole).reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+  """Returns an array whole, whoever holds its parts."""
+  if not isinstance(leaf, jax.Array):
+    return np.asarray(leaf)
+  if leaf.is_fully_addressable or leaf.is_fully_replicated:
+    return statefile.on_host({"": leaf})[""]
+  return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def of_training(
+  workdir: pathlib.Path, checkpoint: pathlib.Path | None, state_sha256: str
+) -> dict[str, Any]:
+  """Returns what a training run has come to.
+
+  Args:
+    workdir: The run's folder.
+    checkpoint: That of the last step, which is within.
+    state_sha256: From `state_digest`.
+  """
+  step, listed = None, None
+  if checkpoint is not None:
+    step = int(checkpoint.name)
+    path = checkpoint / manifest_lib.NAME
+    listed = hashlib.sha256(path.read_bytes()).hexdigest()
+  return {
+    "kind": "state",
+    "step": step,
+    "state_sha256": state_sha256,
+    "checkpoint_sha256": listed,
+    "metrics": last_metrics(workdir / METRICS),
+  }
+
+
+def last_metrics(path: pathlib.Path) -> dict[str, int | float]:
+  """Returns the numbers of the last whole line of metrics; {} without any."""
+  try:
+    lines = path.read_bytes().split(b"\n")
+  except OSError:
+    return {}
+  for line in reversed(lines):
+    try:
+      record = json.loads(line)
+    except ValueError:
+      continue
+    if isinstance(record, dict):
+      return {k: v for k, v in numbers(record).items() if k not in _SPEED}
+  return {}
+
+
+def numbers(record: Mapping[str, Any]) -> dict[str, int | float]:
+  """Returns the numbers of a record, by their dotted names."""
+  return {
+    name: value
+    for name, value in fingerprint.fields(fingerprint.plain(record))
+    if isinstance(value, int | float) and not isinstance(value, bool)
+  }
+
+
+def of_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what an evaluation has measured: the numbers of its record."""
+  return {"kind": "metrics", "metrics": numbers(record)}
+
+
+def read_json(path: pathlib.Path, limit: int = 2**30) -> dict[str, Any]:
+  """Returns the JSON object of a manifest, which lists many clips perhaps.
+
+  Raises:
+    InputError: There is no such file.
+    CorruptError: It is no JSON object, or one of more than `limit` bytes.
+  """
+  if tensorheader.regular_size(path) > limit:
+    raise errors.CorruptError(f"{path}: more than {limit} bytes.")
+  try:
+    return tensorheader.parse_json(path.read_bytes(), str(path))
+  except OSError as error:
+    raise errors.StorageError(f"{path}: {error.strerror}.") from error

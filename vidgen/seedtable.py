@@ -1,0 +1,154 @@
+"""What several runs of one experiment measured: means and their intervals."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float
+
+from vidgen import errors, likeness, outputs, repro, tensorheader, video
+
+_LEVEL = 0.95
+
+
+class Row(NamedTuple):
+  """One metric over all runs.
+
+  Attributes:
+    name: Of the metric.
+    mean: Over the runs.
+    low: Where the interval of the mean begins; NaN with one run.
+    high: Where it ends.
+    least: The smallest value of a run.
+    most: The largest.
+  """
+
+  name: str
+  mean: float
+  low: float
+  high: float
+  least: float
+  most: float
+
+
+def interval(
+  values: Float[np.ndarray, " n"], level: float = _LEVEL
+) -> tuple[float, float]:
+  """Returns Student's t interval of the mean of independent values.
+
+  It has n - 1 degrees of freedom, and needs values that are about normal; NaN
+  for one value, of which it says nothing.
+  """
+  n = len(values)
+  if n < 2:
+    return float("nan"), float("nan")
+  half = scipy.stats.t.ppf((1 + level) / 2, n - 1)
+  half *= values.std(ddof=1) / np.sqrt(n)
+  mean = values.mean()
+  return float(mean - half), float(mean + half)
+
+
+def rows(metrics: Sequence[dict[str, Any]]) -> list[Row]:
+  """Returns a row for each metric that all runs have.
+
+  Raises:
+    InputError: There is none.
+  """
+  shared = [n for n in metrics[0] if all(n in one for one in metrics)]
+  if not shared:
+    raise errors.InputError("the runs have no metric in common.")
+  found = []
+  for name in shared:
+    values = np.array([one[name] for one in metrics], np.float64)
+    ends = float(values.min()), float(values.max())
+    found.append(Row(name, float(values.mean()), *interval(values), *ends))
+  return found
+
+
+def make(paths: Sequence[str]) -> str:
+  """Returns a table in Markdown of the metrics of runs.
+
+  What the runs do not share, besides the seed, is listed below it: a mean over
+  runs of two configs is seldom what is wanted.
+
+  Args:
+    paths: Folders of runs or their manifests, or JSON files of evaluations.
+
+  Raises:
+    InputError: A run without metrics, or none that all have.
+    CorruptError: A file is not as it was written.
+  """
+  measured, manifests = [], []
+  for path in paths:
+    metrics, manifest = _read(path)
+    if not metrics:
+      raise errors.InputError(f"{path}: has no metrics.")
+    measured.append(metrics)
+    manifests.append(manifest)
+  count, made = len(paths), rows(measured)
+  lines = [
+    f"| metric | mean | {_LEVEL:.0%} interval | lowest | highest |",
+    "| --- | --- | --- | --- | --- |",
+  ]
+  for row in made:
+    between = "-" if count < 2 else f"{row.low:.6g} to {row.high:.6g}"
+    lines.append(
+      f"| {_cell(row.name)} | {row.mean:.6g} | {between} | {row.least:.6g} | "
+      f"{row.most:.6g} |"
+    )
+  known = [manifest for manifest in manifests if manifest is not None]
+  seeds = [str(m["seeds"].get("seed", "-")) for m in known]
+  about = f"n = {count} runs; intervals of the mean by Student's t."
+  if seeds:
+    about += f" Seeds: {', '.join(seeds)}."
+  if len(set(seeds)) < len(seeds):
+    about += " A seed is there twice: these runs are not independent."
+  lines += ["", about, *_unshared(known)]
+  return "\n".join(lines) + "\n"
+
+
+def write(path: str | pathlib.Path, text: str) -> None:
+  """Writes a table.
+
+  Raises:
+    StorageError: It could not be written.
+  """
+  with video.atomic(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
+
+
+def _read(path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """Returns the metrics of a run, and its manifest where it has one."""
+  place = pathlib.Path(path).expanduser()
+  if not place.is_dir():
+    held = outputs.read_json(place)
+    if "format" not in held and isinstance(held.get("metrics"), dict):
+      # Of an evaluation, the values alone: bounds and counts are none.
+      values = {
+        name: item.get("value") if isinstance(item, dict) else item
+        for name, item in held["metrics"].items()
+      }
+      return outputs.numbers(values), None
+  side = repro.read(place)
+  made = likeness.outputs_of(side.manifest, side.folder, side.name)
+  return dict(made.get("metrics", {})), side.manifest
+
+
+def _unshared(manifests: list[dict[str, Any]]) -> list[str]:
+  """Returns lines on what decides numbers and is not the same in all runs."""
+  names = {
+    f"{difference.kind} {difference.name}".strip()
+    for manifest in manifests[1:]
+    for difference in repro.differences(manifests[0], manifest)
+    if difference.kind not in ("seed", repro.OTHER)
+  }
+  if not names:
+    return []
+  listed = tensorheader.listed(sorted(names))
+  return ["", f"Besides the seed the runs differ in: {listed}."]
+
+
+def _cell(text: str) -> str:
+  return text.replace("|", "\\|").replace("\n", " ")
