@@ -34,7 +34,7 @@ LAYERS = (
   {"executables", "hlo"},
   {"arguments", "ahead", "pipeline", "interpolation", "loading"},
   {"tasks"},
-  {"prompt_records", "prompts", "sample_plan", "sample"},
+  {"prompt_records", "prompts", "sample_plan", "sample_model", "sample"},
   {"bench", "prepare", "train", "encode", "evaluate"},
   {"likeness", "repro", "rerun", "seedtable"},
   {"topology", "compile", "programs"},

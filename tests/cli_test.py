@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import vidgen
-from vidgen import errors, prompts, sample, version, video
+from vidgen import errors, prompts, sample, sharding, version, video
 from vidgen.cli import cache, main
 from vidgen.cli import sample as sample_command
 
@@ -26,6 +26,7 @@ class FakePipeline:
   why_mesh = ""
 
   def __init__(self):
+    self.mesh = sharding.make_mesh(None)
     self.model = types.SimpleNamespace(
       plan=lambda request: None,
       takes_text=True,
@@ -45,9 +46,9 @@ def jobs(monkeypatch, tmp_path):
   seen, run = [], sample.run
   monkeypatch.chdir(tmp_path)
 
-  def spy(config, progress, *, verify=False):
+  def spy(config, progress, **kwargs):
     seen.append(config)
-    return run(config, progress, verify=verify)
+    return run(config, progress, **kwargs)
 
   monkeypatch.setattr(sample, "run", spy)
   monkeypatch.setattr(cache, "enable", lambda: None)

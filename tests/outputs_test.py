@@ -1,5 +1,3 @@
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,22 +5,6 @@ import pytest
 
 from tests import toy_sampling
 from vidgen import errors, outputs, sharding
-
-
-def test_last_whole_line_of_a_clip_counts(tmp_path):
-  first = tmp_path / "clips-00000-of-00002.jsonl"
-  second = tmp_path / "clips-00001-of-00002.jsonl"
-  lines = [
-    {"index": 2, "status": "failed", "error": "x"},
-    {"index": 0, "status": "done", "files": []},
-    {"index": 2, "status": "done", "files": ["b.mp4"]},
-  ]
-  text = "".join(json.dumps(line) + "\n" for line in lines)
-  first.write_text(text + '{"index": 4, "status": "do')
-  second.write_text('{"index": 1, "files": ["a.mp4"]}\n[]\n"x"\n\n{"a": 1}\n')
-  held = outputs.read(tmp_path)
-  assert [record["index"] for record in held] == [0, 1, 2]
-  assert held[2]["status"] == "done"
 
 
 def test_clips_and_failures(tmp_path):

@@ -28,6 +28,7 @@ from vidgen import (
   progress,
   prompts,
   sample,
+  sharding,
   video,
 )
 from vidgen.models import base
@@ -45,6 +46,7 @@ class FakePipeline:
     self.calls = []
     self.fail_at = None
     self.model = self
+    self.mesh = sharding.make_mesh(None)
 
   def plan(self, request):
     if request.num_frames == 999:
@@ -201,7 +203,8 @@ def test_a_file_of_prompts(tmp_path, pipeline):
   got = records(tmp_path / "out")
   assert [r["index"] for r in got] == list(range(8))
   names = {name for r in got for name in r["files"]}
-  assert names == {*os.listdir(tmp_path / "out")} - {"clips.jsonl"}
+  beside = {"clips.jsonl", "manifest.json", "report.html", "posters"}
+  assert names | beside == {*os.listdir(tmp_path / "out")}
   assert len({name.split("_")[1] for name in names}) == 8
 
 
@@ -454,8 +457,12 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, pipeline, monkeypatch):
   before = (tmp_path / "out/clips.jsonl").read_bytes()
   monkeypatch.setattr(clips, "write", lambda *arguments: [])
 
+  fsync = os.fsync
+
   def fail(descriptor):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if os.readlink(f"/proc/self/fd/{descriptor}").endswith("clips.jsonl"):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fsync(descriptor)
 
   monkeypatch.setattr(os, "fsync", fail)
   with pytest.raises(errors.StorageError, match=r"clips.jsonl.*No space"):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 import vidgen
-from vidgen import errors, sample, video
+from vidgen import errors, sample, sample_model, video
 from vidgen import progress as progress_lib
 
 PROMPT = "A panda plays the guitar by a quiet stream."
@@ -83,8 +83,8 @@ def run(
   progress = progress_lib.Progress() if progress is None else progress
   with progress:
     with progress.stage("load"):
-      pipeline = sample.load(config, [clip], default_prompt=PROMPT)
-      clip = sample.prompted(pipeline.model, clip, PROMPT)
+      pipeline = sample_model.load(config, [clip], default_prompt=PROMPT)
+      clip = sample_model.prompted(pipeline.model, clip, PROMPT)
     load = progress.seconds.pop("load")
     ahead = progress.compile_seconds
     times, stages = [], []
@@ -92,7 +92,7 @@ def run(
       progress.seconds.clear()
       progress.clip(number + 1, runs + 1)
       start = time.perf_counter()
-      ((_, frames),) = sample.make(pipeline, [clip], config, progress)
+      ((_, frames),) = sample_model.make(pipeline, [clip], config, progress)
       times.append(time.perf_counter() - start)
       stages.append(dict(progress.seconds))
       if number == 0:

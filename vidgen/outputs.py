@@ -11,36 +11,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from vidgen import errors, fingerprint, statefile, tensorheader
+from vidgen import errors, fingerprint, ledger, statefile, tensorheader
 from vidgen import manifest as manifest_lib
 
 LEDGERS = "clips*.jsonl"
 METRICS = "metrics.jsonl"
 # Numbers in it that tell of time, not of what was learnt.
 _SPEED = ("seconds_per_step", "videos_per_second", "mfu", "time")
-
-
-def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the last line of each index of a sampling job, in order.
-
-  A last line that was cut off does not count.
-
-  Raises:
-    StorageError: A ledger cannot be read.
-  """
-  found = {}
-  for path in sorted(folder.glob(LEDGERS)):
-    try:
-      lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-      raise errors.StorageError(f"{path}: {error.strerror}.") from error
-    for line in lines:
-      try:
-        record = json.loads(line)
-        found[int(record["index"])] = record
-      except (ValueError, TypeError, LookupError):
-        continue
-  return [found[index] for index in sorted(found)]
 
 
 def of_clips(folder: pathlib.Path) -> dict[str, Any]:
@@ -50,7 +27,7 @@ def of_clips(folder: pathlib.Path) -> dict[str, Any]:
   frames.
   """
   clips, failed = [], []
-  for record in read(folder):
+  for record in ledger.read(folder):
     if record.get("status", "done") != "done":
       failed.append(
         {name: record.get(name) for name in ("index", "name", "error")}

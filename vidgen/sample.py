@@ -5,32 +5,31 @@ hashes: the same command again makes what is left, and nothing twice.
 """
 
 import contextlib
-import dataclasses
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Float, UInt8
 
-import vidgen
 from vidgen import (
-  arguments,
   clips,
   errors,
   ledger,
   modelmark,
+  outputs,
+  posters,
   preemption,
+  provenance,
+  report,
+  sample_model,
   sample_plan,
   video,
   writer,
 )
 from vidgen import progress as progress_lib
-from vidgen.models import base
 
 SampleConfig = sample_plan.SampleConfig
 config_formats = sample_plan.config_formats
@@ -38,6 +37,9 @@ plan = sample_plan.plan
 
 # What the pixels of every clip depend on, besides what a `Clip` says.
 _SETTINGS = ("dtype", "lora", "lora_scale", "tiling")
+
+# Fields of a config that change no pixel, besides places.
+_IDLE = ("formats", "residency")
 
 # Stages that keep the devices at work.
 _DEVICE = ("text", "image", "video", "denoise", "decode")
@@ -48,6 +50,7 @@ def run(
   progress: progress_lib.Progress | None = None,
   *,
   verify: bool = False,
+  origin: provenance.Origin | None = None,
 ) -> progress_lib.Summary:
   """Makes every video of the job that is not there yet.
 
@@ -74,7 +77,7 @@ def run(
   try:
     with progress, preemption.Preemption() as stop:
       job = _Job(config, out, planned, failures, progress, stop)
-      return job.run(verify)
+      return job.run(verify, origin)
   finally:
     # A job that made nothing leaves no empty folder of its own behind.
     if not was_there:
@@ -111,27 +114,58 @@ class _Job:
     self.last: float | None = None
     self.ledger: ledger.Ledger | None = None
 
-  def run(self, verify: bool) -> progress_lib.Summary:
-    """Makes what is left, and sums up."""
+  def run(
+    self, verify: bool, origin: provenance.Origin | None
+  ) -> progress_lib.Summary:
+    """Makes what is left, tells of it, and sums up."""
+    part, parts = sample_plan.shard_of(self.config)
     with contextlib.ExitStack() as stack:
       if self.writes:
-        shard = sample_plan.shard_of(self.config)
-        self.ledger = ledger.Ledger(self.out, *shard)
+        self.ledger = ledger.Ledger(self.out, part, parts)
         stack.callback(self.ledger.close)
       for failure in self.failures:
         self._fail(failure, None)
       with self.progress.stage("load"), contextlib.suppress(_NothingLeft):
-        self.pipeline = load(
+        self.pipeline = sample_model.load(
           self.config,
           self.clips,
           refused=self._refuse,
           left=lambda model, folder: self._left(model, folder, verify),
         )
-      if self.todo:
-        if self.pipeline.why_mesh:
-          self.progress.say(self.pipeline.why_mesh)
-        self._make_all()
+      recording = provenance.recording(
+        self.out,
+        "sample",
+        self.config,
+        origin=origin,
+        idle=_IDLE,
+        name=_manifest(part, parts),
+      )
+      with recording as record:
+        self._record(record)
+        if self.todo:
+          record.mesh(self.pipeline.mesh)
+          if self.pipeline.why_mesh:
+            self.progress.say(self.pipeline.why_mesh)
+          self._make_all()
+        if self.failures:
+          record.end(f"{len(self.failures)} clips failed", 2)
+      if self.writes and (self.total > 1 or parts > 1):
+        # What is shown of clips comes last: their ledger and manifest first.
+        report.write(self.out, posters=False)
     return self._summary()
+
+  def _record(self, record: provenance.Record) -> None:
+    """Says what the clips are made of."""
+    config = self.config
+    record.seeds(seed=config.seed)
+    record.outputs(lambda: outputs.of_clips(self.out))
+    record.weights(self.folder)
+    for path in sample_plan.lora_files(config.lora):
+      record.weights(path, f"lora {pathlib.Path(path).name}")
+    for name in ("prompts", "image", "video"):
+      path = getattr(config, name)
+      if path is not None and pathlib.Path(path).exists():
+        record.inputs(path, name)
 
   def _refuse(self, clip: clips.Clip, error: errors.InputError) -> None:
     """Takes a clip out that the model cannot make."""
@@ -157,9 +191,10 @@ class _Job:
     self, model: Any, folder: pathlib.Path, verify: bool
   ) -> list[clips.Clip]:
     """Returns the clips that are to be made; names all."""
+    self.folder = folder
     marks = {
       "weights": modelmark.of(folder, model.components),
-      "options": _options(model, self.config),
+      "options": sample_model.options_of(model, self.config),
     }
     settings = {name: getattr(self.config, name) for name in _SETTINGS} | marks
     digests = clips.Digests(settings)
@@ -238,7 +273,7 @@ class _Job:
     """Makes a batch; where one of its clips cannot be made, the others."""
     told = _Stopping(self.progress, self.stop, self.out)
     try:
-      made = make(self.pipeline, batch, self.config, told)
+      made = sample_model.make(self.pipeline, batch, self.config, told)
       return [(c, *one) for c, one in zip(batch, made, strict=True)]
     except errors.InputError as error:
       if len(batch) > 1:
@@ -258,13 +293,19 @@ class _Job:
     frames: np.ndarray | None,
   ) -> list[str]:
     """Writes a clip's files, then its line; runs beside the devices."""
-    planned = _check_clip(self.pipeline.model, clip, self.config)
+    planned = sample_model.check_clip(self.pipeline.model, clip, self.config)
     fps = self.pipeline.fps if planned is None else planned.fps
     fps = fps if self.config.fps is None else self.config.fps
     name = self.names[clip.index]
     formats = config_formats(self.config)
     files = clips.write(self.out / name, formats, latents, frames, fps)
     self.ledger.append(clips.record(clip, name, files, frames, fps))
+    if frames is not None and self.total > 1:
+      # A page can do without them.
+      with contextlib.suppress(OSError):
+        home = self.out / "posters"
+        home.mkdir(exist_ok=True)
+        posters.write(home / f"{name}.jpg", frames[0])
     return files
 
   def _written(self, files: list[str]) -> None:
@@ -294,6 +335,13 @@ class _Job:
     )
 
 
+def _manifest(part: int, parts: int) -> str:
+  """The name of a shard's manifest."""
+  if parts == 1:
+    return provenance.NAME
+  return f"manifest-{part:05d}-of-{parts:05d}.json"
+
+
 class _Stopping:
   """Tells of a batch, and drops it when the job is told to stop.
 
@@ -313,71 +361,6 @@ class _Stopping:
       )
 
 
-def load(
-  config: SampleConfig,
-  planned: list[clips.Clip],
-  default_prompt: str | None = None,
-  refused: Callable[[clips.Clip, errors.InputError], None] | None = None,
-  left: Callable[[Any, pathlib.Path], list[clips.Clip]] | None = None,
-) -> Any:
-  """Returns the pipeline that a config names.
-
-  The model is asked for every clip before its weights are read: line 900 of a
-  file should not fail after a night of sampling.
-
-  Args:
-    config: Of the job.
-    planned: Its clips.
-    default_prompt: Of clips without one, where the model takes text.
-    refused: Takes the clips that the model cannot make, with the error; without
-      it, or where it can make none of them, the error is raised.
-    left: Says of the model and its folder which clips are to be made.
-  """
-
-  def check(model: Any, folder: pathlib.Path) -> list[Any]:
-    good, errors_of = {}, {}
-    for clip in planned:
-      given = prompted(model, clip, default_prompt)
-      try:
-        made = sample_plan.with_line(
-          clip.where, _check_clip, model, given, config
-        )
-        good[clip.index] = made
-      except errors.InputError as error:
-        if refused is None:
-          raise
-        errors_of[clip.index] = (clip, error)
-    if not good:
-      raise next(iter(errors_of.values()))[1]
-    for clip, error in errors_of.values():
-      refused(clip, error)
-    todo = planned if left is None else left(model, folder)
-    # Other sizes are compiled when they come up; batches and tiles always are.
-    ahead = [good[clip.index] for clip in todo[:1]]
-    if config.tiling or config.batch_size > 1:
-      return []
-    return [one for one in ahead if one is not None]
-
-  return vidgen.load(
-    config.checkpoint,
-    dtype=config.dtype,
-    mesh=config.mesh or None,
-    revision=config.revision,
-    residency=config.residency,
-    lora=config.lora,
-    lora_scale=config.lora_scale,
-    check=check,
-    executables=config.executables,
-  )
-
-
-def prompted(model: Any, clip: clips.Clip, prompt: str | None) -> clips.Clip:
-  """Returns a clip with a prompt, if it has none and the model takes one."""
-  if clip.prompt is None and model.takes_text:
-    return dataclasses.replace(clip, prompt=prompt)
-  return clip
-
-
 def _make_folder(out: str) -> pathlib.Path:
   """Makes the folder, and finds out now whether it can be written."""
   folder = pathlib.Path(out)
@@ -388,99 +371,3 @@ def _make_folder(out: str) -> pathlib.Path:
   except OSError as error:
     raise video.storage_error(folder, error) from error
   return folder
-
-
-def _check_clip(
-  model: Any, clip: clips.Clip, config: SampleConfig
-) -> base.Plan | None:
-  """Asks the model how it will make a clip; None where that is not known."""
-  arguments.check_text(model.takes_text, clip.prompt)
-  if clip.video is not None:
-    return None  # Its length is not known until all of it is read.
-  names = [
-    "num_frames",
-    "height",
-    "width",
-    "num_steps",
-    "guidance_scale",
-    "sampler",
-  ]
-  planned = model.plan(
-    base.Request(
-      **{name: getattr(clip, name) for name in names},
-      image=clip.image is not None,
-      tiling=config.tiling,
-      options=_options(model, config),
-    )
-  )
-  is_guided = planned is None or planned.guidance is not None
-  arguments.check_negative(is_guided, clip.negative_prompt)
-  return planned
-
-
-def _options(model: Any, config: SampleConfig) -> dict[str, Any]:
-  """Returns the family's options; of some the rate of the files is one."""
-  if model.takes_fps and config.fps is not None:
-    return {**config.options, "fps": config.fps}
-  return dict(config.options)
-
-
-def make(
-  pipeline: Any,
-  batch: list[clips.Clip],
-  config: SampleConfig,
-  progress: Any,
-) -> list[
-  tuple[
-    Float[np.ndarray, "f h w c"] | None, UInt8[np.ndarray, "F H W 3"] | None
-  ]
-]:
-  """Makes clips that one program makes, filled up to the job's batch size.
-
-  Returns:
-    Of each its latents and its frames, None if nobody wants them.
-  """
-  formats = config_formats(config)
-  first = batch[0]
-  given = {name: getattr(first, name) for name in clips.SHARED}
-  given |= {"video": first.video, **_of_each(batch, config.batch_size)}
-  if first.video is not None:
-    given["strength"] = first.strength
-  memory = {"tiling": config.tiling}
-  options = _options(pipeline.model, config)
-  result = pipeline.sample(
-    output="latents" if "npz" in formats else "uint8",
-    progress=progress,
-    **given,
-    **memory,
-    **options,
-  )
-  if "npz" not in formats:
-    return [(None, np.asarray(frames)) for frames in result[: len(batch)]]
-  if formats == ("npz",):
-    return [(np.asarray(latents), None) for latents in result[: len(batch)]]
-  planned = _check_clip(pipeline.model, first, config)
-  if planned is not None and planned.decode_chunk is not None:
-    memory["decode_chunk"] = planned.decode_chunk
-  with progress.stage("decode"):
-    frames = pipeline.decode(result, output="uint8", **memory)
-  pairs = zip(result, frames, strict=True)
-  return [(np.asarray(a), np.asarray(b)) for a, b in pairs][: len(batch)]
-
-
-def _of_each(batch: list[clips.Clip], size: int) -> dict[str, Any]:
-  """Returns the arguments that differ from clip to clip.
-
-  Clips that change a video are alone: they are not filled up.
-  """
-  if batch[0].video is None:
-    batch = batch + batch[-1:] * (size - len(batch))
-  names = ("prompt", "negative_prompt", "image", "seed")
-  values = {name: [getattr(clip, name) for clip in batch] for name in names}
-  if len(batch) == 1:
-    values = {name: value[0] for name, value in values.items()}
-  elif batch[0].image is None:
-    values["image"] = None
-  if batch[0].prompt is None:
-    values |= {"prompt": None, "negative_prompt": batch[0].negative_prompt}
-  return {**values, "clips": [clip.clip for clip in batch]}

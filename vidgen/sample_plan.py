@@ -211,7 +211,7 @@ def check(config: SampleConfig) -> None:
     raise errors.InputError("config: lora_scale must be finite.")
   if config.lora is None and config.lora_scale != SampleConfig.lora_scale:
     raise errors.InputError("config: lora_scale needs a LoRA; set lora=FILE.")
-  for path in _lora_files(config.lora):
+  for path in lora_files(config.lora):
     if not os.path.isfile(path):
       raise errors.InputError(f"{path}: there is no such LoRA file.")
 
@@ -227,7 +227,7 @@ def shard_of(config: SampleConfig) -> tuple[int, int]:
   return int(found[1]), int(found[2])
 
 
-def _lora_files(lora: dict[str, float] | str | None) -> list[str]:
+def lora_files(lora: dict[str, float] | str | None) -> list[str]:
   """Returns the files of a config's LoRAs."""
   return [lora] if isinstance(lora, str) else list(lora or ())
 

@@ -49,7 +49,7 @@ import sys
 from absl import flags
 
 from vidgen import hosts, progress, sample
-from vidgen.cli import cache, default_sample_config, parse
+from vidgen.cli import cache, default_sample_config, origin, parse
 
 # Flags that set a field of the config, for they are used so often.
 _TEXT = ("prompt", "prompts", "checkpoint", "out", "image", "video", "shard")
@@ -81,6 +81,11 @@ def run(values: flags.FlagValues) -> None:
     config.shard = part
   cache.enable()
   told = progress.create(sys.stderr)
-  summary = sample.run(config, told, verify=values["verify"].value)
+  summary = sample.run(
+    config,
+    told,
+    verify=values["verify"].value,
+    origin=origin.of(values, "out"),
+  )
   print(summary, flush=True)
   summary.check()
