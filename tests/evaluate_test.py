@@ -335,3 +335,25 @@ def test_the_command_exports_for_vbench(tmp_path, capsys):
   assert main.main([*argv, f"--vbench_info={info}", "--metrics=flicker"]) == 1
   out = capsys.readouterr().out
   assert "5 of 'b'" in out and " flicker " in out
+
+
+def test_an_evaluation_has_a_manifest(folders, tmp_path, capsys):
+  a, b = folders
+  sides = [f"--reference={a}", f"--generated={b}", "--resamples=50"]
+  file = tmp_path / "numbers.json"
+  assert main.main(["evaluate", *sides, f"--json={file}"]) == 0
+  held = json.loads((tmp_path / "numbers.manifest.json").read_text())
+  assert (held["command"], held["exit"]["reason"]) == ("evaluate", "done")
+  want = json.loads(file.read_text())["metrics"]["psnr"]["value"]
+  assert held["outputs"]["metrics"]["metrics.psnr.value"] == want
+  assert len(held["inputs"]["reference"]["sha256"]) == 4
+  out = tmp_path / "again"
+  out.mkdir()
+  assert main.main(["evaluate", *sides, f"--json={out}"]) == 0
+  capsys.readouterr()
+  both = [str(tmp_path / "numbers.manifest.json"), str(out)]
+  assert main.main(["repro", "check", *both]) == 0
+  assert "identical" in capsys.readouterr().out.splitlines()[-1]
+  # Other draws of the intervals are other numbers.
+  assert main.main(["evaluate", *sides, "--seed=1", f"--json={file}"]) == 0
+  assert main.main(["repro", "check", *both]) == 1

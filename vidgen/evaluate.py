@@ -2,14 +2,24 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import os
+import pathlib
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from vidgen import errors, progress, prompts, version, video
+from vidgen import (
+  errors,
+  outputs,
+  progress,
+  prompts,
+  provenance,
+  version,
+  video,
+)
 from vidgen.metrics import (
   clip_score,
   collect,
@@ -35,6 +45,16 @@ _DEFAULT_SINGLE = ("flicker", "temporal_flickering")
 
 # The version of a metric's definition here: another number, another version.
 _VERSION = "v1"
+
+# Options that change no number: places, and how many clips go at once.
+_IDLE = (
+  "generated",
+  "reference",
+  "weights",
+  "clip",
+  "inception",
+  "batch_size",
+)
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "av", "pillow")
 _OPTIONAL = {
@@ -294,6 +314,48 @@ def export_vbench(
   wanted = vbench.standard(info) if info else None
   items = sets.find(generated, vbench.SUFFIXES)
   return vbench.export(items, out, wanted)
+
+
+def record(
+  options: Options,
+  path: str | os.PathLike,
+  told: progress.Progress | None = None,
+  origin: provenance.Origin | None = None,
+) -> report.Report:
+  """Measures, and writes what was found, with a manifest of it.
+
+  Args:
+    options: What to measure.
+    path: A file, beside which `NAME.manifest.json` is written; or a folder, for
+      evaluate.json and manifest.json.
+    told: As `run` has it.
+    origin: How the job was called.
+
+  Raises:
+    StorageError: It could not be written; and what `run` raises.
+  """
+  path = pathlib.Path(path)
+  name = f"{path.stem}.manifest.json"
+  if path.is_dir():
+    path = path / "evaluate.json"
+    name = provenance.NAME
+    if (path.parent / name).exists():
+      # It may be a job's.
+      name = "evaluate.manifest.json"
+  with provenance.recording(
+    path.parent, "evaluate", options, origin=origin, idle=_IDLE, name=name
+  ) as record:
+    record.seeds(seed=options.seed)
+    for side in ("generated", "reference"):
+      if (given := getattr(options, side)) is not None:
+        record.inputs(given, side)
+    for part in ("clip", "inception"):
+      if (given := getattr(options, part)) is not None:
+        record.weights(given, part)
+    found = run(options, told)
+    write_json(path, found)
+    record.outputs(lambda: outputs.of_metrics(json.loads(found.to_json())))
+  return found
 
 
 def write_json(path: str | os.PathLike, content: report.Report) -> None:

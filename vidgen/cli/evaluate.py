@@ -12,7 +12,8 @@ usage: vidgen evaluate --generated=DIR|FILE [--reference=DIR|FILE] [flags]
                       by default those of pairs and clips that need no further
                       package: psnr, ssim, flicker, temporal_flickering
   --n=N               the first N clips, by index or name; fewer are an error
-  --json=FILE         writes everything found, each clip's numbers too
+  --json=FILE         writes everything found, each clip's numbers too, and
+                      beside it FILE's manifest; a folder gets evaluate.json
   --seed=S            of the 95 % intervals, which are bootstrapped; 0
   --resamples=N       for the intervals; 1000, and for fvd at most 100, fid 20
   --lpips_net=NAME    alexnet by default, or vgg16
@@ -89,8 +90,12 @@ def run(values: flags.FlagValues) -> int:
     metrics=tuple(values["metrics"].value),
   )
   with progress.create(sys.stderr) as told:
-    found = evaluate.run(options, told)
-  if values["json"].value:
-    evaluate.write_json(values["json"].value, found)
+    if path := values["json"].value:
+      from vidgen.cli import origin
+
+      how = origin.of(values, "json")
+      found = evaluate.record(options, path, told, how)
+    else:
+      found = evaluate.run(options, told)
   print(found)
   return code
