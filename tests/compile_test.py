@@ -90,6 +90,7 @@ def test_weights_of_others_are_counted_where_they_stay(checkpoint, tmp_path):
   assert sum(resident["all"].values()) == 2 * weights
 
 
+@pytest.mark.slow
 def test_a_training_step(checkpoint, tmp_path):
   stage = tiny_training.stage("data", batch_size=4)
   config = tiny_training.config(

@@ -67,6 +67,7 @@ def sampled(out, *flags):
     return file["latents"]
 
 
+@pytest.mark.slow
 def test_lora_of_real_videos_changes_samples(run, tmp_path):
   lora = run / "published" / "pytorch_lora_weights.safetensors"
   plain = sampled(tmp_path / "plain")
@@ -79,6 +80,7 @@ def test_lora_of_real_videos_changes_samples(run, tmp_path):
   assert np.abs(tuned - plain).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_diffusers_takes_the_lora(run):
   import diffusers
   import torch

@@ -282,6 +282,7 @@ def _data(config):
   return config.stages[0].data.data_dir
 
 
+@pytest.mark.slow
 def test_stages_and_buckets(data_dir, checkpoint, tmp_path):
   """Two stages, of images and videos mixed, and of longer ones alone."""
   first = tiny_training.stage(

@@ -186,6 +186,7 @@ def test_each_sample_has_its_own_level(words):
     assert compare.error(x0, want) < 1e-5
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_alone(words):
   params, (x0, noise, condition) = random_params(), batch()
   tokens = 16 + 3 * 2 * 3

@@ -166,7 +166,14 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+  "layout",
+  [
+    "cfg x context",
+    pytest.param("ring x tensor", marks=pytest.mark.slow),
+    "fsdp",
+  ],
+)
 def test_a_mesh_is_one_device(params, layout):
   want = run(params)
   mesh = sharding.make_mesh(LAYOUTS[layout])

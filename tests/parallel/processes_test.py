@@ -97,9 +97,8 @@ train.run(config, pathlib.Path(folder))
 """
 
 
-@pytest.mark.parametrize(
-  "axis", ["data", pytest.param("context", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["data", "context"])
 def test_processes_that_share_samples_read_the_same(axis, tmp_path):
   """A batch is dealt out by what of it a process has, not by its number."""
   data = tiny_training.shapes(tmp_path)

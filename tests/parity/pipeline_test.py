@@ -232,6 +232,7 @@ def test_video_to_video(variant, scheduler, dynamic, checkpoint, monkeypatch):
   compare_frames(f"V2V {variant}, {scheduler}, strength 0.6", got, want)
 
 
+@pytest.mark.slow
 def test_one_image_serves_two_prompts_in_tiles(checkpoint, monkeypatch):
   """Each clip has its own posterior noise; tiling concerns the image too."""
   _, theirs, ours = checkpoint("5b-i2v")
@@ -264,6 +265,7 @@ def test_one_image_serves_two_prompts_in_tiles(checkpoint, monkeypatch):
   compare_frames("I2V 5b-i2v, two prompts, tiles", got, want)
 
 
+@pytest.mark.slow
 def test_even_latents_of_a_video_without_guidance(checkpoint, monkeypatch):
   """CogVideoX 1.5 takes 4 latents of 13 frames and returns 16 frames."""
   _, text_to_video, ours = checkpoint("1.5-5b")
