@@ -1,8 +1,11 @@
 import dataclasses
 import json
+import os
 import pathlib
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -381,6 +384,31 @@ def test_nothing_runs_on_after_the_iterator(shapes_dir):
   while threading.active_count() > before and time.monotonic() < end:
     time.sleep(0.05)
   assert threading.active_count() <= before
+
+
+_WORKERS = """
+import sys
+from vidgen.data import buckets, loader
+if __name__ == "__main__":
+  config = loader.DataConfig(
+    data_dir=sys.argv[1], buckets=(buckets.Bucket(9, 64, 64, 4),), workers=2)
+  print(len(list(loader.batches(config, seed=0, start=0, stop=4))))
+"""
+
+
+def test_workers_leave_no_shared_memory(shapes_dir, tmp_path):
+  # Workers import what started them.
+  script = tmp_path / "read.py"
+  script.write_text(_WORKERS)
+  root = pathlib.Path(loader.__file__).parents[2]
+  done = subprocess.run(
+    [sys.executable, script, shapes_dir],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "PYTHONPATH": os.fspath(root)},
+  )
+  assert (done.stdout, done.returncode) == ("4\n", 0)
+  assert "leaked" not in done.stderr
 
 
 def test_speed(shapes_dir):

@@ -7,6 +7,8 @@ the step a run started from, or on threads and workers.
 import collections
 import dataclasses
 import functools
+import gc
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -352,7 +354,7 @@ def sized(config: DataConfig) -> tuple[Bucket, ...]:
 
 def _told(dataset: Any, copy: bool) -> Iterator[Batch]:
   """Yields the batches; an error among them is raised."""
-  iterator = iter(dataset)
+  iterator, item = iter(dataset), None
   try:
     for item in iterator:
       if isinstance(item, errors.VidgenError):
@@ -361,6 +363,12 @@ def _told(dataset: Any, copy: bool) -> Iterator[Batch]:
   finally:
     # Threads and workers end with whoever iterated.
     iterator.close()
+    if copy:
+      # In cycles hang the last batch of each worker, and its shared memory,
+      # which Grain frees in a thread of its own.
+      item = iterator = dataset = None
+      gc.collect()
+      time.sleep(0.2)
 
 
 def _copied(batch: Batch) -> Batch:
