@@ -483,8 +483,9 @@ def test_plain_progress_lines(tmp_path, pipeline):
   assert lines[3] == "clip 1/2 step 1/3"
   assert lines[4].startswith("clip 1/2 step 2/3, ")
   assert " s/step, " in lines[4]
-  # A stage, three steps, its end, and the file.
-  assert sum(line.startswith("clip 2/2") for line in lines) >= 6
+  # A stage, three steps and its end; files are told as they are written.
+  assert sum(line.startswith("clip 2/2") for line in lines) == 5
+  assert sum(line.endswith(".mp4") for line in lines) == 2
   assert "\x1b" not in stream.getvalue()
 
 

@@ -106,8 +106,8 @@ class Progress:
   def step(self, done: int, total: int) -> None:
     """Says that `done` of `total` denoising steps are done."""
 
-  def say(self, text: str) -> None:
-    """Shows a line that stays."""
+  def say(self, text: str, of_clip: bool = True) -> None:
+    """Shows a line that stays; `of_clip`: it is of the clip at hand."""
 
   def _begin(self, name: str) -> None:
     """Shows that a stage begins."""
@@ -152,8 +152,9 @@ class Lines(Progress):
       self._tallied = time.perf_counter()
       print(self.tally(), file=self._stream, flush=True)
 
-  def say(self, text: str) -> None:
-    print(f"{self._prefix()}{text}", file=self._stream, flush=True)
+  def say(self, text: str, of_clip: bool = True) -> None:
+    prefix = self._prefix() if of_clip else ""
+    print(f"{prefix}{text}", file=self._stream, flush=True)
 
   def _begin(self, name: str) -> None:
     self._rate, self._tenth = Rate(), 0
@@ -218,9 +219,10 @@ class Bar(Progress):
     self._bar.stop()
     super().__exit__(*exception)
 
-  def say(self, text: str) -> None:
+  def say(self, text: str, of_clip: bool = True) -> None:
+    prefix = self._prefix() if of_clip else ""
     self._bar.console.print(
-      f"{self._prefix()}{text}", markup=False, highlight=False, soft_wrap=True
+      f"{prefix}{text}", markup=False, highlight=False, soft_wrap=True
     )
 
   def _begin(self, name: str) -> None:

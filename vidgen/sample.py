@@ -178,7 +178,7 @@ class _Job:
     self, failure: sample_plan.Failure, clip: clips.Clip | None
   ) -> None:
     """Tells of a failure, and notes it."""
-    self.progress.say(failure.error)
+    self.progress.say(failure.error, of_clip=False)
     if self.ledger is None:
       return
     record = {"index": failure.index, "name": None, "where": failure.where}
@@ -227,7 +227,7 @@ class _Job:
       if any(clips.file_name(stem, f) not in record["files"] for f in wanted):
         continue
       if damage := ledger.damage(self.out, record, verify):
-        self.progress.say(f"{damage}; it is made anew")
+        self.progress.say(f"{damage}; it is made anew", of_clip=False)
       done[number] = not damage
     return done
 
@@ -310,7 +310,7 @@ class _Job:
 
   def _written(self, files: list[str]) -> None:
     self.files += files
-    self.progress.say(" ".join(files))
+    self.progress.say(" ".join(files), of_clip=False)
 
   def _busy(self) -> float:
     """The seconds in which devices worked."""
