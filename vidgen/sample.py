@@ -244,10 +244,13 @@ class _Job:
       batches = clips.batches(self.todo, self.config.batch_size)
       for number, batch in enumerate(batches, 1):
         self._tell(batch)
-        for clip, latents, frames in self._made(batch):
+        began = time.perf_counter()
+        made = self._made(batch)
+        seconds = (time.perf_counter() - began) / len(batch)
+        for clip, latents, frames in made:
           self.made += 1
           if self.writes:
-            files.put(self._write, clip, latents, frames)
+            files.put(self._write, clip, latents, frames, seconds)
         if self.warm is None:
           self.warm = time.perf_counter(), self._busy()
         else:
@@ -291,6 +294,7 @@ class _Job:
     clip: clips.Clip,
     latents: np.ndarray | None,
     frames: np.ndarray | None,
+    seconds: float,
   ) -> list[str]:
     """Writes a clip's files, then its line; runs beside the devices."""
     planned = sample_model.check_clip(self.pipeline.model, clip, self.config)
@@ -299,7 +303,8 @@ class _Job:
     name = self.names[clip.index]
     formats = config_formats(self.config)
     files = clips.write(self.out / name, formats, latents, frames, fps)
-    self.ledger.append(clips.record(clip, name, files, frames, fps))
+    line = clips.record(clip, name, files, frames, fps)
+    self.ledger.append(line | {"seconds": round(seconds, 3)})
     if frames is not None and self.total > 1:
       # A page can do without them.
       with contextlib.suppress(OSError):
