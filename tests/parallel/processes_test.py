@@ -9,6 +9,7 @@ import pytest
 
 from tests import tiny_training
 from tests.parallel import equality
+from vidgen import ledger
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -126,3 +127,52 @@ def test_processes_that_share_samples_read_the_same(axis, tmp_path):
       assert child.returncode == 0, error[-3000:]
     results.append((folder / "published" / "line.json").read_text())
   assert results[0] == results[1]
+
+
+_JOB = """
+import sys
+
+import jax
+
+port, rank, count, checkpoint, out = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", 1)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", int(count), int(rank))
+
+from vidgen import sample
+
+config = sample.SampleConfig(
+  checkpoint=checkpoint, prompts=f"{out}.txt", out=out, num_steps=1,
+  num_frames=9, height=64, width=64, dtype="float32", mesh={"cfg": 2},
+  guidance_scale=2.0)
+for _ in range(2):
+  summary = sample.run(config)
+  print(summary.clips, summary.there, len(summary.files))
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_a_job_that_one_of_them_writes(tmp_path):
+  checkpoint = tiny_training.checkpoint(tmp_path)
+  (tmp_path / "out.txt").write_text("One.\nTwo.\nThree.\n")
+  with socket.socket() as server:
+    server.bind(("localhost", 0))
+    port = server.getsockname()[1]
+  arguments = lambda rank: (port, rank, 2, checkpoint, tmp_path / "out")
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", _JOB, *map(str, arguments(rank))],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      cwd=ROOT,
+    )
+    for rank in range(2)
+  ]
+  said = [child.communicate(timeout=300) for child in children]
+  assert [child.returncode for child in children] == [0, 0], said
+  assert said[0][0].splitlines()[-2:] == ["3 0 3", "0 3 0"]
+  assert said[1][0].splitlines()[-2:] == ["3 0 0", "0 3 0"]
+  records = ledger.read(tmp_path / "out")
+  assert [r["status"] for r in records] == ["done"] * 3
+  assert not any(ledger.damage(tmp_path / "out", r, True) for r in records)
