@@ -621,6 +621,17 @@ def test_shards_share_the_work(tmp_path, pipeline):
   assert not pipeline.calls
 
 
+@pytest.mark.parametrize("data", [b"a\n", b"a\n\xff\n"])
+def test_a_part_without_clips_is_done(tmp_path, pipeline, data):
+  path = tmp_path / "a.txt"
+  path.write_bytes(data)
+  job = config(tmp_path, prompts=os.fspath(path), shard="1/2")
+  summary = sample.run(job)
+  assert (summary.clips, summary.there) == (0, 0)
+  assert len(summary.failures) == len(data.splitlines()) - 1
+  assert not pipeline.calls
+
+
 @pytest.mark.parametrize("shard", ["3/3", "1", "-1/2", "a/b", "0/0"])
 def test_bad_shards(tmp_path, pipeline, shard):
   with pytest.raises(errors.InputError, match="shard must be i/n"):
