@@ -28,6 +28,7 @@ class FakePipeline:
   def __init__(self):
     self.mesh = sharding.make_mesh(None)
     self.model = types.SimpleNamespace(
+      fps=8,
       plan=lambda request: None,
       takes_text=True,
       takes_fps=False,

@@ -559,6 +559,11 @@ def test_what_is_there_is_not_made_again(tmp_path, pipeline):
   # Another format is another file.
   job = dataclasses.replace(job, formats=("mp4", "gif"))
   assert sample.run(job).clips == 3
+  # At another rate the same frames are other files.
+  for fps, made in ((8.0, 0), (16.0, 3), (16.0, 0), (None, 3)):
+    job = dataclasses.replace(job, fps=fps)
+    assert sample.run(job).clips == made
+  assert hashes(out) == want
 
 
 def test_a_torn_line_and_a_lost_ledger(tmp_path, pipeline):

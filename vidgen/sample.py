@@ -204,7 +204,7 @@ class _Job:
     done = np.zeros(len(self.clips), bool)
     if self.writes:
       self._sweep()
-      done = self._done(verify)
+      done = self._done(model, verify)
     if jax.process_count() > 1:
       done = multihost_utils.broadcast_one_to_all(done)
     pairs = zip(self.clips, done, strict=True)
@@ -214,7 +214,7 @@ class _Job:
       raise _NothingLeft
     return self.todo
 
-  def _done(self, verify: bool) -> np.ndarray:
+  def _done(self, model: Any, verify: bool) -> np.ndarray:
     """Says of each clip whether it is there, whole."""
     held = {r["name"]: r for r in ledger.read(self.out)}
     wanted = config_formats(self.config)
@@ -225,6 +225,10 @@ class _Job:
         continue
       stem = self.names[clip.index]
       if any(clips.file_name(stem, f) not in record["files"] for f in wanted):
+        continue
+      # The rate is no part of the name where it changes no pixel.
+      timed = {"mp4", "gif"} & {*wanted}
+      if timed and record.get("fps") != self._fps(model, clip):
         continue
       if damage := ledger.damage(self.out, record, verify):
         self.progress.say(f"{damage}; it is made anew")
@@ -293,9 +297,7 @@ class _Job:
     frames: np.ndarray | None,
   ) -> list[str]:
     """Writes a clip's files, then its line; runs beside the devices."""
-    planned = sample_model.check_clip(self.pipeline.model, clip, self.config)
-    fps = self.pipeline.fps if planned is None else planned.fps
-    fps = fps if self.config.fps is None else self.config.fps
+    fps = self._fps(self.pipeline.model, clip)
     name = self.names[clip.index]
     formats = config_formats(self.config)
     files = clips.write(self.out / name, formats, latents, frames, fps)
@@ -307,6 +309,13 @@ class _Job:
         home.mkdir(exist_ok=True)
         posters.write(home / f"{name}.jpg", frames[0])
     return files
+
+  def _fps(self, model: Any, clip: clips.Clip) -> int | float:
+    """Returns the frame rate of a clip's files."""
+    if self.config.fps is not None:
+      return self.config.fps
+    planned = sample_model.check_clip(model, clip, self.config)
+    return model.fps if planned is None else planned.fps
 
   def _written(self, files: list[str]) -> None:
     self.files += files
