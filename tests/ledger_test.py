@@ -42,6 +42,19 @@ def test_clips_of_two_jobs_are_both_there_and_mended_failures_are_not(tmp_path):
   ]
 
 
+def test_the_last_line_may_be_in_any_file(tmp_path):
+  old, new = tmp_path / "clips.jsonl", tmp_path / "clips-00000-of-00002.jsonl"
+  line = {"index": 0, "name": "0_a", "status": "done"}
+  write(old, {**line, "fps": 8, "time": 5.0}, {**line, "fps": 9, "time": 4.0})
+  write(new, {**line, "fps": 16, "time": 6.5})
+  assert [r["fps"] for r in ledger.read(tmp_path)] == [16]
+  write(new, {**line, "fps": 16, "time": 4.5})
+  # A clock was set back.
+  assert [r["fps"] for r in ledger.read(tmp_path)] == [9]
+  write(new, {**line, "fps": 16, "time": "late"})
+  assert [r["fps"] for r in ledger.read(tmp_path)] == [9]
+
+
 def test_damage_is_found(tmp_path):
   file = tmp_path / "0_a.mp4"
   file.write_bytes(b"12345")

@@ -148,6 +148,7 @@ def test_one_prompt(tmp_path, pipeline):
   assert list(summary.seconds) == ["load", "denoise", "write"]
   (record,) = records(tmp_path / "out")
   path = pathlib.Path(file)
+  assert 0 <= time.time() - record.pop("time") < 600
   assert record == {
     "index": 0,
     "name": path.stem,
@@ -635,6 +636,21 @@ def test_a_part_without_clips_is_done(tmp_path, pipeline, data):
   assert (summary.clips, summary.there) == (0, 0)
   assert len(summary.failures) == len(data.splitlines()) - 1
   assert not pipeline.calls
+
+
+def test_the_number_of_shards_may_change(tmp_path, pipeline):
+  job = many(tmp_path, 4)
+  pipeline.fail_at = 2
+  assert len(sample.run(job).failures) == 1
+  pipeline.fail_at = None
+  job = dataclasses.replace(job, formats=("mp4", "gif"))
+  halves = [dataclasses.replace(job, shard=f"{i}/2") for i in range(2)]
+  assert [sample.run(half).clips for half in halves] == [2, 2]
+  for again in (*halves, job):
+    summary = sample.run(again)
+    assert not summary.clips and not summary.failures
+  told = ledger.read(tmp_path / "out")
+  assert [r["status"] for r in told] == ["done"] * 4
 
 
 @pytest.mark.parametrize("shard", ["3/3", "1", "-1/2", "a/b", "0/0"])
