@@ -144,24 +144,34 @@ class Ledger:
     """
     self.path = folder / file_name(shard, shards)
     try:
-      self._file = self.path.open("ab+", buffering=0)
-      try:
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
+      # A job that ends removes an empty file: another may have opened it.
+      while not self._open():
         self._file.close()
-        raise errors.InputError(
-          f"{self.path}: another job is writing it; wait for its end, choose "
-          "another --out, or split the work by --shard=i/n."
-        ) from error
-      except OSError as error:
-        # Some file systems have no locks.
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-          raise
       self._cut()
     except OSError as error:
       if isinstance(error, errors.VidgenError):
         raise
       raise video.storage_error(self.path, error) from error
+
+  def _open(self) -> bool:
+    """Opens and locks the file; says whether it is still the one there."""
+    self._file = self.path.open("ab+", buffering=0)
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      self._file.close()
+      raise errors.InputError(
+        f"{self.path}: another job is writing it; wait for its end, choose "
+        "another --out, or split the work by --shard=i/n."
+      ) from error
+    except OSError as error:
+      # Some file systems have no locks.
+      if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise
+    try:
+      return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+    except FileNotFoundError:
+      return False
 
   def _cut(self) -> None:
     """Ends the file after its last whole line."""
