@@ -402,6 +402,32 @@ f,,
 """
 
 
+def test_a_bad_line_takes_as_many_numbers_as_it_asks_for(tmp_path, pipeline):
+  path = tmp_path / "a.jsonl"
+  bad = (
+    {"image": "b.png", "videos_per_prompt": 3},
+    {"height": -1, "videos_per_prompt": 2},
+    {"height": -1, "videos_per_prompt": 0},
+  )
+  lines = [{"prompt": "a", **fields} for fields in (*bad, {})]
+  path.write_text("\n".join(map(json.dumps, lines)))
+  job = config(tmp_path, prompts=os.fspath(path), videos_per_prompt=4)
+  planned, failures = sample.sample_plan.sift(job)
+  assert [failure.index for failure in failures] == [0, 3, 5]
+  assert [clip.index for clip in planned] == [9, 10, 11, 12]
+
+
+def test_what_is_no_image_may_be_a_video(tmp_path):
+  frames = np.zeros((3, 32, 32, 3), np.uint8)
+  video.write_mp4(tmp_path / "a.mp4", frames, 8)
+  path = tmp_path / "a.jsonl"
+  lines = [{"prompt": "a", name: "a.mp4"} for name in ("image", "video")]
+  path.write_text("\n".join(map(json.dumps, lines)))
+  job = config(tmp_path, prompts=os.fspath(path))
+  planned, failures = sample.sample_plan.sift(job)
+  assert ([f.index for f in failures], [c.index for c in planned]) == ([0], [1])
+
+
 def test_bad_lines_are_told_and_counted_first(tmp_path, pipeline):
   path = tmp_path / "a.csv"
   path.write_text(BAD)
