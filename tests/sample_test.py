@@ -27,6 +27,7 @@ from vidgen import (
   prepare,
   progress,
   prompts,
+  repro,
   sample,
   sharding,
   video,
@@ -677,6 +678,31 @@ def test_the_number_of_shards_may_change(tmp_path, pipeline):
     assert not summary.clips and not summary.failures
   told = ledger.read(tmp_path / "out")
   assert [r["status"] for r in told] == ["done"] * 4
+
+
+def test_the_manifest_is_of_the_jobs_own_clips(tmp_path, pipeline):
+  path = tmp_path / "a.txt"
+  path.write_bytes(b"a\n\xff\nb\n")
+  job = config(tmp_path, prompts=os.fspath(path))
+  for seed in (1, 2, 1):
+    sample.run(dataclasses.replace(job, seed=seed))
+  alone = []
+  for seed in (1, 2):
+    alone.append(tmp_path / f"alone{seed}")
+    sample.run(dataclasses.replace(job, seed=seed, out=os.fspath(alone[-1])))
+  held = json.loads((tmp_path / "out/manifest.json").read_text())["outputs"]
+  assert [clip["index"] for clip in held["clips"]] == [0, 2]
+  assert [clip["index"] for clip in held["failed"]] == [1]
+  verdicts = [repro.check(tmp_path / "out", other).verdict for other in alone]
+  assert verdicts == ["identical", "different"]
+  # Split afterwards, it is more than its first manifest tells.
+  path.write_text("a\nb\nc\nd\n")
+  for out in (tmp_path / "out", tmp_path / "four"):
+    for i in range(2):
+      parts = {"shard": f"{i}/2", "out": os.fspath(out), "seed": 1}
+      sample.run(dataclasses.replace(job, **parts))
+  report = repro.check(tmp_path / "out", tmp_path / "four")
+  assert report.outputs.lines[0] == "clips in both: 4, of them equal 4"
 
 
 @pytest.mark.parametrize("shard", ["3/3", "1", "-1/2", "a/b", "0/0"])

@@ -236,12 +236,12 @@ def outputs_of(
       f"{name}: no outputs are recorded, the run ended as "
       f"{manifest['exit']['reason']!r}; run it to its end first."
     )
-  if not _is_as_written(found):
+  if not is_as_written(found):
     raise errors.CorruptError(f"{name}: outputs are not as they were written.")
   return found
 
 
-def _is_as_written(found: Any) -> bool:
+def is_as_written(found: Any) -> bool:
   """Says whether this is what `vidgen.outputs` makes."""
   if not isinstance(found, dict):
     return False

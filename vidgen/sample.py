@@ -158,7 +158,7 @@ class _Job:
     """Says what the clips are made of."""
     config = self.config
     record.seeds(seed=config.seed)
-    record.outputs(lambda: outputs.of_clips(self.out))
+    record.outputs(self._outputs)
     record.weights(self.folder)
     for path in sample_plan.lora_files(config.lora):
       record.weights(path, f"lora {pathlib.Path(path).name}")
@@ -166,6 +166,11 @@ class _Job:
       path = getattr(config, name)
       if path is not None and pathlib.Path(path).exists():
         record.inputs(path, name)
+
+  def _outputs(self) -> dict[str, Any]:
+    """Returns what there is of the job's clips, whoever made them."""
+    failures = {failure.index for failure in self.failures}
+    return outputs.of_clips(self.out, {*self.names.values()}, failures)
 
   def _refuse(self, clip: clips.Clip, error: errors.InputError) -> None:
     """Takes a clip out that the model cannot make."""
