@@ -107,6 +107,21 @@ def test_a_checkpoint_by_another_name_is_none_other(tmp_path):
   assert causes(repro.check(one, other)) == []
 
 
+def test_the_weight_of_a_lora_is_no_name(tmp_path):
+  one, other = run(tmp_path / "a"), run(tmp_path / "b")
+  weights = {"lora x": {"path": "x", "sha256": {"x": "ff"}}}
+  edit(one, weights=weights, config__lora={"a/x": 0.5})
+  edit(other, weights=weights, config__lora={"b/x": 0.5})
+  assert causes(repro.check(one, other)) == []
+  edit(other, config__lora={"b/x": 1.0})
+  assert causes(repro.check(one, other)) == ["config", "config"]
+  edit(other, config__lora={"a/x": 1.0})
+  (cause,) = (
+    d for d in repro.check(one, other).differences if d.kind != "other"
+  )
+  assert str(cause) == "lora.a/x: 0.5 in A, 1.0 in B"
+
+
 @pytest.mark.parametrize("formats", [("mp4",), ("png", "mp4"), ("npz",)])
 def test_rounding_needs_a_tolerance_that_is_met(tmp_path, formats):
   one = run(tmp_path / "a", formats=formats)

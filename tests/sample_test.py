@@ -293,6 +293,19 @@ def test_names_do_not_depend_on_a_strength_without_a_video():
   assert len(names) == 1
 
 
+def test_loras_of_one_name_are_all_recorded(tmp_path, pipeline):
+  paths = []
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    paths.append(tmp_path / name / "pytorch_lora_weights.safetensors")
+    paths[-1].write_text(name)
+  lora = {os.fspath(path): 1.0 for path in paths}
+  sample.run(config(tmp_path, prompt="a", lora=lora))
+  held = json.loads((tmp_path / "out/manifest.json").read_text())["weights"]
+  marks = [held[name]["sha256"] for name in held if name.startswith("lora")]
+  assert [len(mark) for mark in marks] == [1, 1] and marks[0] != marks[1]
+
+
 def test_names_depend_on_the_weights_of_loras(tmp_path):
   values = dict.fromkeys(field.name for field in dataclasses.fields(clips.Clip))
   values |= {"where": "", "index": 0, "clip": 0, "prompt": "a", "seed": 0}

@@ -241,12 +241,19 @@ def differences(
   absent = object()
   differing = [n for n in names if a.get(n, absent) != b.get(n, absent)]
   same_weights = _known(first) == _known(second) != {}
+  same_loras = _loras(first) == _loras(second)
+  weighs = lambda name: name.startswith("lora.") and not same_loras
   same_code = first["code"].get("source") == second["code"].get("source")
   found = []
   for kind, name in differing:
     texts = [_text(side.get((kind, name))) for side in (a, b)]
     harmless = (
-      (kind == "config" and same_weights and _is_name(name))
+      (
+        kind == "config"
+        and same_weights
+        and _is_name(name)
+        and not weighs(name)
+      )
       # Another commit of the same files.
       or (kind == "code" and same_code is True)
     )
@@ -325,6 +332,13 @@ def _known(manifest: dict[str, Any]) -> dict[str, Any]:
   """Returns the hashes of weights, where all of them are known."""
   found = {n: item["sha256"] for n, item in manifest["weights"].items()}
   return {} if None in found.values() else found
+
+
+def _loras(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+  """Returns the weights of LoRAs, by the names of their files."""
+  held = manifest["config"].get("lora")
+  held = held if isinstance(held, dict) else {}
+  return sorted((pathlib.Path(n).name, _text(w)) for n, w in held.items())
 
 
 def _is_name(name: str) -> bool:

@@ -4,6 +4,7 @@ A clip is done when its files are there and its line in the ledger has their
 hashes: the same command again makes what is left, and nothing twice.
 """
 
+import collections
 import contextlib
 import pathlib
 import tempfile
@@ -160,8 +161,13 @@ class _Job:
     record.seeds(seed=config.seed)
     record.outputs(self._outputs)
     record.weights(self.folder)
+    names = collections.Counter()
     for path in sample_plan.lora_files(config.lora):
-      record.weights(path, f"lora {pathlib.Path(path).name}")
+      # Many files have the name that is usual.
+      name = pathlib.Path(path).name
+      names[name] += 1
+      number = f" {names[name]}" if names[name] > 1 else ""
+      record.weights(path, f"lora {name}{number}")
     for name in ("prompts", "image", "video"):
       path = getattr(config, name)
       if path is not None and pathlib.Path(path).exists():
