@@ -61,7 +61,12 @@ def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
   """The whole lines of a file; what is no line of a ledger is left out."""
   result = []
-  for line in path.read_bytes().split(b"\n"):
+  try:
+    data = path.read_bytes()
+  except FileNotFoundError:
+    # A job that wrote nothing has removed it since.
+    return []
+  for line in data.split(b"\n"):
     try:
       record = json.loads(line)
       index = record["index"]
