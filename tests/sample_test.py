@@ -632,11 +632,14 @@ def test_what_a_killed_job_left_is_swept(tmp_path, pipeline):
   leftover.write_bytes(b"half")
   folder = out / f".{mine}.0123456789abcdef.old"
   folder.mkdir()
+  manifest = out / ".manifest.0123456789abcdef.tmp.json"
+  manifest.write_bytes(b"half")
   # Another job's, which may be at work.
   other = out / ".000009_0123456789ab.0123456789abcdef.tmp.mp4"
   other.write_bytes(b"half")
   sample.run(job)
   assert not leftover.exists() and not folder.exists() and other.exists()
+  assert not manifest.exists()
 
 
 def test_two_jobs_do_not_write_one_ledger(tmp_path, pipeline):

@@ -248,7 +248,8 @@ class _Job:
 
   def _sweep(self) -> None:
     """Removes what killed jobs of this shard left behind, half written."""
-    names = set(self.names.values())
+    manifest = _manifest(*sample_plan.shard_of(self.config))
+    names = {*self.names.values(), pathlib.Path(manifest).stem}
     for path in self.out.glob(".*"):
       if video.target_of(path) in names:
         video.remove(path)
