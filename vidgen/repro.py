@@ -200,6 +200,8 @@ def read(path: str | pathlib.Path) -> Side:
   newest = paths[shards.index(whole)].name.rpartition("-of-")[2]
   of = dict(zip([shard.name for shard in paths], shards, strict=True))
   job = {name: of[name] for name in of if name.endswith(f"-of-{newest}")}
+  if "shard" in whole["config"]:
+    whole["config"] = {**whole["config"], "shard": "0/1"}
   whole["attempts"] = [
     one for shard in job.values() for one in shard["attempts"]
   ]
