@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_training, toy_sampling, toy_training
-from vidgen import errors, repro, train
+from vidgen import errors, repro, train, video
 from vidgen.cli import main
 
 run = toy_sampling.run
@@ -159,6 +159,16 @@ def test_npz_files_are_compared_where_there_are_no_frames(tmp_path):
       clip["frames_sha256"] = None
     edit(folder, outputs=held["outputs"])
   assert repro.check(one, other).verdict == "identical"
+
+
+def test_what_is_no_number_is_no_rounding(tmp_path):
+  one = run(tmp_path / "a", formats=("npz",))
+  other = run(tmp_path / "b", formats=("npz",), change=brighter(2))
+  (file,) = other.glob("000001*.npz")
+  latents = np.load(file)["latents"]
+  latents[0, 0, 0] = np.nan
+  video.write_latents(file, latents)
+  assert repro.check(one, other, tolerance=99.0).verdict == "different"
 
 
 def test_missing_and_failed_clips(tmp_path):

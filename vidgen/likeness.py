@@ -154,7 +154,9 @@ def _difference(
   psnr = pixels.MAX_PSNR
   if mse > 0:
     psnr = min(psnr, 10 * math.log10(max(peak, 1e-30) ** 2 / mse))
-  return float(error.max()), psnr
+  worst = float(error.max())
+  # What is no number is as far off as can be.
+  return worst if math.isfinite(worst) else math.inf, psnr
 
 
 def _read(folder: pathlib.Path, name: str) -> np.ndarray:
