@@ -48,6 +48,8 @@ def test_numbers_of_numpy_are_numbers():
   assert arguments.number("n", np.float32(0.5)) == 0.5
   assert arguments.number("n", 6) == 6.0
   assert arguments.seeds(np.uint8(3), 2).tolist() == [3, 3]
+  assert arguments.seeds(np.array(3), 2).tolist() == [3, 3]
+  assert arguments.seeds(np.array([3, 4]), 2).tolist() == [3, 4]
   assert arguments.seeds((2**32 - 1, 0), 2).tolist() == [2**32 - 1, 0]
 
 

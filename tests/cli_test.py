@@ -28,6 +28,7 @@ class FakePipeline:
   def __init__(self):
     self.mesh = sharding.make_mesh(None)
     self.model = types.SimpleNamespace(
+      fps=8,
       plan=lambda request: None,
       takes_text=True,
       takes_fps=False,
@@ -415,3 +416,12 @@ def test_the_compilation_cache(tmp_path):
 
 def test_the_help_of_the_samplers_is_up_to_date():
   assert prompts.SAMPLERS == ("ddim", "dpmpp_2m_sde")
+
+
+def test_a_config_or_the_hosts_say_which_part_it_is(capsys, jobs, monkeypatch):
+  place = {"COORDINATOR": "one:99", "PROCESSES": "4", "PROCESS": "2"}
+  for name, value in place.items():
+    monkeypatch.setenv(f"VIDGEN_{name}", value)
+  for argv in ([], ["--shard=1/3"], ["--config.shard=1/3"]):
+    assert call(capsys, "sample", "--prompt=a", *argv)[0] == 0
+  assert [job.shard for job in jobs] == ["2/4", "1/3", "1/3"]

@@ -354,6 +354,11 @@ def test_an_evaluation_has_a_manifest(folders, tmp_path, capsys):
   both = [str(tmp_path / "numbers.manifest.json"), str(out)]
   assert main.main(["repro", "check", *both]) == 0
   assert "identical" in capsys.readouterr().out.splitlines()[-1]
+  # The same folder again has the manifest of what it holds now.
+  assert main.main(["evaluate", *sides, "--seed=2", f"--json={out}"]) == 0
+  assert main.main(["repro", "check", *both]) == 1
+  assert not (out / "evaluate.manifest.json").exists()
+  assert main.main(["evaluate", *sides, f"--json={out}"]) == 0
   # Other draws of the intervals are other numbers.
   assert main.main(["evaluate", *sides, "--seed=1", f"--json={file}"]) == 0
   assert main.main(["repro", "check", *both]) == 1

@@ -1,3 +1,4 @@
+import fcntl
 import json
 
 from vidgen import ledger
@@ -40,6 +41,36 @@ def test_clips_of_two_jobs_are_both_there_and_mended_failures_are_not(tmp_path):
     ("1_b", "done"),
     ("2_b", "failed"),
   ]
+
+
+def test_the_last_line_may_be_in_any_file(tmp_path):
+  old, new = tmp_path / "clips.jsonl", tmp_path / "clips-00000-of-00002.jsonl"
+  line = {"index": 0, "name": "0_a", "status": "done"}
+  write(old, {**line, "fps": 8, "time": 5.0}, {**line, "fps": 9, "time": 4.0})
+  write(new, {**line, "fps": 16, "time": 6.5})
+  assert [r["fps"] for r in ledger.read(tmp_path)] == [16]
+  write(new, {**line, "fps": 16, "time": 4.5})
+  # A clock was set back.
+  assert [r["fps"] for r in ledger.read(tmp_path)] == [9]
+  write(new, {**line, "fps": 16, "time": "late"})
+  assert [r["fps"] for r in ledger.read(tmp_path)] == [9]
+
+
+def test_a_file_that_another_job_removes_meanwhile_is_made_anew(
+  tmp_path, monkeypatch
+):
+  first, lock = ledger.Ledger(tmp_path), fcntl.flock
+
+  def late(file, how):
+    first.close()  # Between the opening of the second and its lock.
+    monkeypatch.setattr(fcntl, "flock", lock)
+    lock(file, how)
+
+  monkeypatch.setattr(fcntl, "flock", late)
+  second = ledger.Ledger(tmp_path)
+  second.append({"index": 0, "name": "0_a", "status": "done"})
+  second.close()
+  assert len(ledger.read(tmp_path)) == 1
 
 
 def test_damage_is_found(tmp_path):

@@ -168,3 +168,12 @@ def test_any_file_is_read_or_refused(tmp_path, name, data):
     return
   assert lines
   assert all(line.prompt.strip() for line in lines)
+
+
+def test_a_number_beyond_floats_is_a_bad_line(tmp_path):
+  path = tmp_path / "a.jsonl"
+  bad = '{"prompt": "a", "guidance_scale": 1' + "0" * 400 + "}"
+  path.write_text(bad + '\n{"prompt": "b"}')
+  bad, good = prompts.sift(path)
+  assert "a.jsonl:1: guidance_scale must be a number" in bad.error
+  assert good.prompt == "b"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_training, toy_sampling, toy_training
-from vidgen import errors, repro, train
+from vidgen import errors, repro, train, video
 from vidgen.cli import main
 
 run = toy_sampling.run
@@ -107,6 +107,21 @@ def test_a_checkpoint_by_another_name_is_none_other(tmp_path):
   assert causes(repro.check(one, other)) == []
 
 
+def test_the_weight_of_a_lora_is_no_name(tmp_path):
+  one, other = run(tmp_path / "a"), run(tmp_path / "b")
+  weights = {"lora x": {"path": "x", "sha256": {"x": "ff"}}}
+  edit(one, weights=weights, config__lora={"a/x": 0.5})
+  edit(other, weights=weights, config__lora={"b/x": 0.5})
+  assert causes(repro.check(one, other)) == []
+  edit(other, config__lora={"b/x": 1.0})
+  assert causes(repro.check(one, other)) == ["config", "config"]
+  edit(other, config__lora={"a/x": 1.0})
+  (cause,) = (
+    d for d in repro.check(one, other).differences if d.kind != "other"
+  )
+  assert str(cause) == "lora.a/x: 0.5 in A, 1.0 in B"
+
+
 @pytest.mark.parametrize("formats", [("mp4",), ("png", "mp4"), ("npz",)])
 def test_rounding_needs_a_tolerance_that_is_met(tmp_path, formats):
   one = run(tmp_path / "a", formats=formats)
@@ -144,6 +159,16 @@ def test_npz_files_are_compared_where_there_are_no_frames(tmp_path):
       clip["frames_sha256"] = None
     edit(folder, outputs=held["outputs"])
   assert repro.check(one, other).verdict == "identical"
+
+
+def test_what_is_no_number_is_no_rounding(tmp_path):
+  one = run(tmp_path / "a", formats=("npz",))
+  other = run(tmp_path / "b", formats=("npz",), change=brighter(2))
+  (file,) = other.glob("000001*.npz")
+  latents = np.load(file)["latents"]
+  latents[0, 0, 0] = np.nan
+  video.write_latents(file, latents)
+  assert repro.check(one, other, tolerance=99.0).verdict == "different"
 
 
 def test_missing_and_failed_clips(tmp_path):

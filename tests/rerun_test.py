@@ -8,7 +8,7 @@ import types
 import pytest
 
 from tests import tiny_training, toy_sampling
-from vidgen import environment, errors, rerun
+from vidgen import environment, errors, repro, rerun
 from vidgen.cli import main
 
 _CONFIG = """
@@ -177,6 +177,22 @@ def test_flags_that_are_replaced():
     "--config.mesh.cfg=2", "--notout=1", "--config=/new/rerun_config.py:big",
     "--out=/new",
   ]  # fmt: skip
+
+
+def test_a_part_is_made_again_as_it_was_and_all_parts_as_one(tmp_path):
+  text = toy_sampling.run(tmp_path / "a", count=1) / "manifest.json"
+  for part in range(2):
+    told = json.loads(text.read_text())
+    # Of the second part, hosts said which it is.
+    told["argv"] = ["sample", *(["--shard", "0/2"] if part == 0 else [])]
+    told["config"]["shard"] = f"{part}/2"
+    path = tmp_path / "a" / f"manifest-{part:05d}-of-00002.json"
+    path.write_text(json.dumps(told))
+  text.unlink()
+  for place, shard in ((tmp_path / "a", "0/1"), (path, "1/2")):
+    side = repro.read(place)
+    argv = rerun.arguments(side.manifest, "x", pathlib.Path("/new"))
+    assert argv == ["sample", f"--shard={shard}", "--out=/new"]
 
 
 def test_flags_of_the_environment_are_as_they_were():

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests import report_runs
-from vidgen import errors, report, runfiles, video
+from vidgen import errors, ledger, report, runfiles, video
 
 
 def test_clips_are_done_failed_or_missing(tmp_path):
@@ -23,6 +24,29 @@ def test_clips_are_done_failed_or_missing(tmp_path):
   size = paths[2].stat().st_size
   assert f"{size} bytes, {size - 1}" in clips[2].error
   assert clips[3].error == "out of memory"
+
+
+def test_files_of_a_job_at_work_may_go(tmp_path, monkeypatch):
+  report_runs.job(tmp_path, ["a", "b"])
+  going = [tmp_path / ".a.tmp.mp4", tmp_path / "clips-00000-of-00002.jsonl"]
+  for path in going:
+    path.write_bytes(b"")
+  scandir, lines = os.scandir, ledger._lines
+
+  @contextlib.contextmanager
+  def scan(folder):
+    with scandir(folder) as entries:
+      listed = list(entries)
+    going[0].unlink(missing_ok=True)
+    yield listed
+
+  def read(path):
+    going[1].unlink(missing_ok=True)
+    return lines(path)
+
+  monkeypatch.setattr(os, "scandir", scan)
+  monkeypatch.setattr(ledger, "_lines", read)
+  assert [c.status for c in runfiles.load(tmp_path).clips] == ["done", "done"]
 
 
 def test_lines_of_an_older_make(tmp_path):

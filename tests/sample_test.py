@@ -27,6 +27,7 @@ from vidgen import (
   prepare,
   progress,
   prompts,
+  repro,
   sample,
   sharding,
   video,
@@ -149,6 +150,7 @@ def test_one_prompt(tmp_path, pipeline):
   (record,) = records(tmp_path / "out")
   path = pathlib.Path(file)
   assert 0 <= record.pop("seconds") < 60
+  assert 0 <= time.time() - record.pop("time") < 600
   assert record == {
     "index": 0,
     "name": path.stem,
@@ -292,6 +294,19 @@ def test_names_do_not_depend_on_a_strength_without_a_video():
   assert len(names) == 1
 
 
+def test_loras_of_one_name_are_all_recorded(tmp_path, pipeline):
+  paths = []
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    paths.append(tmp_path / name / "pytorch_lora_weights.safetensors")
+    paths[-1].write_text(name)
+  lora = {os.fspath(path): 1.0 for path in paths}
+  sample.run(config(tmp_path, prompt="a", lora=lora))
+  held = json.loads((tmp_path / "out/manifest.json").read_text())["weights"]
+  marks = [held[name]["sha256"] for name in held if name.startswith("lora")]
+  assert [len(mark) for mark in marks] == [1, 1] and marks[0] != marks[1]
+
+
 def test_names_depend_on_the_weights_of_loras(tmp_path):
   values = dict.fromkeys(field.name for field in dataclasses.fields(clips.Clip))
   values |= {"where": "", "index": 0, "clip": 0, "prompt": "a", "seed": 0}
@@ -328,8 +343,8 @@ def test_names_do_not_depend_on_where_files_lie(tmp_path, pipeline):
     ({"prompt": "a", "residency": "al"}, "Did you mean all"),
     ({"prompt": "a", "formats": ("mp5",)}, "Did you mean mp4"),
     ({"prompt": "a", "formats": ()}, "formats is empty"),
-    ({"prompt": "a", "fps": 0.0}, "fps must be above 0"),
-    ({"prompt": "a", "fps": float("nan")}, "fps must be above 0"),
+    ({"prompt": "a", "fps": 0.0}, "fps must be from 0.001"),
+    ({"prompt": "a", "fps": float("nan")}, "fps must be from 0.001"),
     ({"prompt": "a", "seed": 2**32}, "seed must be from 0"),
     ({"prompt": "a", "sampler": "euler"}, "sampler must be one of"),
     ({"prompt": "a", "image": "no.png"}, "no.png: there is no such image"),
@@ -400,6 +415,32 @@ d,,no.png
 "e",1,2,3
 f,,
 """
+
+
+def test_a_bad_line_takes_as_many_numbers_as_it_asks_for(tmp_path, pipeline):
+  path = tmp_path / "a.jsonl"
+  bad = (
+    {"image": "b.png", "videos_per_prompt": 3},
+    {"height": -1, "videos_per_prompt": 2},
+    {"height": -1, "videos_per_prompt": 0},
+  )
+  lines = [{"prompt": "a", **fields} for fields in (*bad, {})]
+  path.write_text("\n".join(map(json.dumps, lines)))
+  job = config(tmp_path, prompts=os.fspath(path), videos_per_prompt=4)
+  planned, failures = sample.sample_plan.sift(job)
+  assert [failure.index for failure in failures] == [0, 3, 5]
+  assert [clip.index for clip in planned] == [9, 10, 11, 12]
+
+
+def test_what_is_no_image_may_be_a_video(tmp_path):
+  frames = np.zeros((3, 32, 32, 3), np.uint8)
+  video.write_mp4(tmp_path / "a.mp4", frames, 8)
+  path = tmp_path / "a.jsonl"
+  lines = [{"prompt": "a", name: "a.mp4"} for name in ("image", "video")]
+  path.write_text("\n".join(map(json.dumps, lines)))
+  job = config(tmp_path, prompts=os.fspath(path))
+  planned, failures = sample.sample_plan.sift(job)
+  assert ([f.index for f in failures], [c.index for c in planned]) == ([0], [1])
 
 
 def test_bad_lines_are_told_and_counted_first(tmp_path, pipeline):
@@ -561,6 +602,11 @@ def test_what_is_there_is_not_made_again(tmp_path, pipeline):
   # Another format is another file.
   job = dataclasses.replace(job, formats=("mp4", "gif"))
   assert sample.run(job).clips == 3
+  # At another rate the same frames are other files.
+  for fps, made in ((8.0, 0), (16.0, 3), (16.0, 0), (None, 3)):
+    job = dataclasses.replace(job, fps=fps)
+    assert sample.run(job).clips == made
+  assert hashes(out) == want
 
 
 def test_a_torn_line_and_a_lost_ledger(tmp_path, pipeline):
@@ -588,11 +634,14 @@ def test_what_a_killed_job_left_is_swept(tmp_path, pipeline):
   leftover.write_bytes(b"half")
   folder = out / f".{mine}.0123456789abcdef.old"
   folder.mkdir()
+  manifest = out / ".manifest.0123456789abcdef.tmp.json"
+  manifest.write_bytes(b"half")
   # Another job's, which may be at work.
   other = out / ".000009_0123456789ab.0123456789abcdef.tmp.mp4"
   other.write_bytes(b"half")
   sample.run(job)
   assert not leftover.exists() and not folder.exists() and other.exists()
+  assert not manifest.exists()
 
 
 def test_two_jobs_do_not_write_one_ledger(tmp_path, pipeline):
@@ -621,6 +670,57 @@ def test_shards_share_the_work(tmp_path, pipeline):
   pipeline.calls.clear()
   assert sample.run(parts).there == 7
   assert not pipeline.calls
+
+
+@pytest.mark.parametrize("data", [b"a\n", b"a\n\xff\n"])
+def test_a_part_without_clips_is_done(tmp_path, pipeline, data):
+  path = tmp_path / "a.txt"
+  path.write_bytes(data)
+  job = config(tmp_path, prompts=os.fspath(path), shard="1/2")
+  summary = sample.run(job)
+  assert (summary.clips, summary.there) == (0, 0)
+  assert len(summary.failures) == len(data.splitlines()) - 1
+  assert not pipeline.calls
+
+
+def test_the_number_of_shards_may_change(tmp_path, pipeline):
+  job = many(tmp_path, 4)
+  pipeline.fail_at = 2
+  assert len(sample.run(job).failures) == 1
+  pipeline.fail_at = None
+  job = dataclasses.replace(job, formats=("mp4", "gif"))
+  halves = [dataclasses.replace(job, shard=f"{i}/2") for i in range(2)]
+  assert [sample.run(half).clips for half in halves] == [2, 2]
+  for again in (*halves, job):
+    summary = sample.run(again)
+    assert not summary.clips and not summary.failures
+  told = ledger.read(tmp_path / "out")
+  assert [r["status"] for r in told] == ["done"] * 4
+
+
+def test_the_manifest_is_of_the_jobs_own_clips(tmp_path, pipeline):
+  path = tmp_path / "a.txt"
+  path.write_bytes(b"a\n\xff\nb\n")
+  job = config(tmp_path, prompts=os.fspath(path))
+  for seed in (1, 2, 1):
+    sample.run(dataclasses.replace(job, seed=seed))
+  alone = []
+  for seed in (1, 2):
+    alone.append(tmp_path / f"alone{seed}")
+    sample.run(dataclasses.replace(job, seed=seed, out=os.fspath(alone[-1])))
+  held = json.loads((tmp_path / "out/manifest.json").read_text())["outputs"]
+  assert [clip["index"] for clip in held["clips"]] == [0, 2]
+  assert [clip["index"] for clip in held["failed"]] == [1]
+  verdicts = [repro.check(tmp_path / "out", other).verdict for other in alone]
+  assert verdicts == ["identical", "different"]
+  # Split afterwards, it is more than its first manifest tells.
+  path.write_text("a\nb\nc\nd\n")
+  for out in (tmp_path / "out", tmp_path / "four"):
+    for i in range(2):
+      parts = {"shard": f"{i}/2", "out": os.fspath(out), "seed": 1}
+      sample.run(dataclasses.replace(job, **parts))
+  report = repro.check(tmp_path / "out", tmp_path / "four")
+  assert report.outputs.lines[0] == "clips in both: 4, of them equal 4"
 
 
 @pytest.mark.parametrize("shard", ["3/3", "1", "-1/2", "a/b", "0/0"])

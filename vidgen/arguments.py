@@ -268,7 +268,7 @@ def seeds(value: Any, count: int) -> UInt32[np.ndarray, " b"]:
 
   From 2^32 on jax.random.key would repeat itself.
   """
-  several = isinstance(value, list | tuple | np.ndarray)
+  several = isinstance(value, list | tuple) or np.ndim(value) == 1
   values = _each("seed", list(value) if several else [value], count)
   found = [whole("seed", one) for one in values]
   for one in found:

@@ -339,8 +339,8 @@ def record(
   if path.is_dir():
     path = path / "evaluate.json"
     name = provenance.NAME
-    if (path.parent / name).exists():
-      # It may be a job's.
+    if (path.parent / name).exists() and not _is_own(path.parent / name):
+      # It is a job's.
       name = "evaluate.manifest.json"
   with provenance.recording(
     path.parent, "evaluate", options, origin=origin, idle=_IDLE, name=name
@@ -356,6 +356,14 @@ def record(
     write_json(path, found)
     record.outputs(lambda: outputs.of_metrics(json.loads(found.to_json())))
   return found
+
+
+def _is_own(path: pathlib.Path) -> bool:
+  """Says whether a manifest is of an evaluation."""
+  try:
+    return outputs.read_json(path).get("command") == "evaluate"
+  except errors.VidgenError:
+    return False
 
 
 def write_json(path: str | os.PathLike, content: report.Report) -> None:

@@ -9,8 +9,10 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,12 +35,20 @@ def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
   A failure is dropped where another line is of the same index: it was mended,
   or tried again.
   """
-  records: dict[Any, dict[str, Any]] = {}
+  found = []
   for path in sorted(pathlib.Path(folder).glob("clips*.jsonl")):
+    latest = 0.0
     for record in _lines(path):
-      key = record["name"] or ("unnamed", record["index"])
-      records.pop(key, None)
-      records[key] = record
+      # Within a file the order holds, whatever a clock that was set back says.
+      latest = max(latest, record["time"])
+      found.append((latest, record))
+  # How many shards there are may change: the last line may be in any file.
+  found.sort(key=lambda pair: pair[0])
+  records: dict[Any, dict[str, Any]] = {}
+  for _, record in found:
+    key = record["name"] or ("unnamed", record["index"])
+    records.pop(key, None)
+    records[key] = record
   last = {record["index"]: record for record in records.values()}
   kept = [
     record
@@ -51,7 +61,12 @@ def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
   """The whole lines of a file; what is no line of a ledger is left out."""
   result = []
-  for line in path.read_bytes().split(b"\n"):
+  try:
+    data = path.read_bytes()
+  except FileNotFoundError:
+    # A job that wrote nothing has removed it since.
+    return []
+  for line in data.split(b"\n"):
     try:
       record = json.loads(line)
       index = record["index"]
@@ -75,7 +90,11 @@ def _checked(record: dict[str, Any]) -> dict[str, Any]:
   for key in ("bytes", "sha256"):
     if not isinstance(record.get(key, {}), dict):
       del record[key]
-  return {**record, "files": files, "name": name, "status": status}
+  at = record.get("time")
+  if type(at) is not float or not math.isfinite(at):
+    at = 0.0
+  checked = {"files": files, "name": name, "status": status, "time": at}
+  return {**record, **checked}
 
 
 def damage(
@@ -130,24 +149,34 @@ class Ledger:
     """
     self.path = folder / file_name(shard, shards)
     try:
-      self._file = self.path.open("ab+", buffering=0)
-      try:
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
+      # A job that ends removes an empty file: another may have opened it.
+      while not self._open():
         self._file.close()
-        raise errors.InputError(
-          f"{self.path}: another job is writing it; wait for its end, choose "
-          "another --out, or split the work by --shard=i/n."
-        ) from error
-      except OSError as error:
-        # Some file systems have no locks.
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-          raise
       self._cut()
     except OSError as error:
       if isinstance(error, errors.VidgenError):
         raise
       raise video.storage_error(self.path, error) from error
+
+  def _open(self) -> bool:
+    """Opens and locks the file; says whether it is still the one there."""
+    self._file = self.path.open("ab+", buffering=0)
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      self._file.close()
+      raise errors.InputError(
+        f"{self.path}: another job is writing it; wait for its end, choose "
+        "another --out, or split the work by --shard=i/n."
+      ) from error
+    except OSError as error:
+      # Some file systems have no locks.
+      if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise
+    try:
+      return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+    except FileNotFoundError:
+      return False
 
   def _cut(self) -> None:
     """Ends the file after its last whole line."""
@@ -163,11 +192,12 @@ class Ledger:
     self._file.truncate(end)
 
   def append(self, record: Mapping[str, Any]) -> None:
-    """Appends a line, and flushes it to the disk.
+    """Appends a line with the time, and flushes it to the disk.
 
     Raises:
       StorageError: It could not be written; nothing of it is left.
     """
+    record = {**record, "time": round(time.time(), 3)}
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
     end = self._file.seek(0, os.SEEK_END)
     try:

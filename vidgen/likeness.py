@@ -154,7 +154,9 @@ def _difference(
   psnr = pixels.MAX_PSNR
   if mse > 0:
     psnr = min(psnr, 10 * math.log10(max(peak, 1e-30) ** 2 / mse))
-  return float(error.max()), psnr
+  worst = float(error.max())
+  # What is no number is as far off as can be.
+  return worst if math.isfinite(worst) else math.inf, psnr
 
 
 def _read(folder: pathlib.Path, name: str) -> np.ndarray:
@@ -236,12 +238,12 @@ def outputs_of(
       f"{name}: no outputs are recorded, the run ended as "
       f"{manifest['exit']['reason']!r}; run it to its end first."
     )
-  if not _is_as_written(found):
+  if not is_as_written(found):
     raise errors.CorruptError(f"{name}: outputs are not as they were written.")
   return found
 
 
-def _is_as_written(found: Any) -> bool:
+def is_as_written(found: Any) -> bool:
   """Says whether this is what `vidgen.outputs` makes."""
   if not isinstance(found, dict):
     return False

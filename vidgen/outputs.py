@@ -3,7 +3,7 @@
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -20,14 +20,29 @@ METRICS = "metrics.jsonl"
 _SPEED = ("seconds_per_step", "videos_per_second", "mfu", "time")
 
 
-def of_clips(folder: pathlib.Path) -> dict[str, Any]:
+def of_clips(
+  folder: pathlib.Path,
+  names: Set[str] | None = None,
+  failures: Set[int] = frozenset(),
+) -> dict[str, Any]:
   """Returns what a sampling job has made, as its ledger tells.
 
   `digest` is of all clips' frames, or of the files' bytes where a job kept no
   frames.
+
+  Args:
+    folder: Of the job.
+    names: The job's clips, for a folder may hold those of other jobs, too; None
+      takes all.
+    failures: The numbers of clips that failed before they had a name.
   """
   clips, failed = [], []
   for record in ledger.read(folder):
+    name = record["name"]
+    if names is not None and not (
+      record["index"] in failures if name is None else name in names
+    ):
+      continue
     if record.get("status", "done") != "done":
       failed.append(
         {name: record.get(name) for name in ("index", "name", "error")}
@@ -43,6 +58,25 @@ def of_clips(folder: pathlib.Path) -> dict[str, Any]:
         "sha256": record.get("sha256", {}),
       }
     )
+  return _told(clips, failed)
+
+
+def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns what the shards of a job have made, of what each has."""
+  clips, failed = (
+    sorted((one for part in parts for one in part[kind]), key=_index)
+    for kind in ("clips", "failed")
+  )
+  return _told(clips, failed)
+
+
+def _index(clip: Mapping[str, Any]) -> int:
+  return clip["index"]
+
+
+def _told(
+  clips: list[dict[str, Any]], failed: list[dict[str, Any]]
+) -> dict[str, Any]:
   marks = [
     [clip["index"], clip["frames_sha256"] or clip["sha256"]] for clip in clips
   ]

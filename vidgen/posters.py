@@ -63,9 +63,10 @@ def make(videos: Iterable[pathlib.Path], folder: pathlib.Path) -> set[str]:
   held = {}
   with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
     for entry in entries:
-      status = entry.stat()
-      if status.st_size:
-        held[entry.name] = status.st_mtime_ns
+      with contextlib.suppress(FileNotFoundError):
+        status = entry.stat()
+        if status.st_size:
+          held[entry.name] = status.st_mtime_ns
   names, todo = set(), []
   for path in videos:
     name = f"{path.stem}.jpg"

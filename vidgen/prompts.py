@@ -72,10 +72,12 @@ class Bad:
   Attributes:
     where: The file and the line.
     error: What is wrong with it, with `where` in front.
+    videos_per_prompt: How many videos it asks for, if that is legal.
   """
 
   where: str
   error: str
+  videos_per_prompt: int | None = None
 
 
 def lines(
@@ -191,7 +193,7 @@ def check(name: str, value: Any, where: str) -> Any:
     InputError: Another type, or out of range.
   """
   kind = TYPES[name]
-  if kind is float and type(value) is int:
+  if kind is float and type(value) is int and abs(value) < 2**63:
     value = float(value)
   if type(value) is not kind:
     names = {str: "text", int: "a whole number", float: "a number"}
@@ -385,6 +387,14 @@ def _known(where: str, name: str) -> None:
     )
 
 
+def _count(values: dict[str, Any] | errors.InputError) -> int | None:
+  """Returns how many videos a bad line asks for, if it says so."""
+  if isinstance(values, errors.InputError):
+    return None
+  value = values.get("videos_per_prompt")
+  return value if type(value) is int and value > 0 else None
+
+
 def _line(
   path: pathlib.Path, number: int, values: dict[str, Any] | errors.InputError
 ) -> Line | Bad:
@@ -399,7 +409,7 @@ def _line(
     if not {"prompt", "image"} & values.keys():
       raise errors.InputError(f"{where}: has no prompt.")
   except errors.InputError as error:
-    return Bad(where, str(error))
+    return Bad(where, str(error), _count(values))
   for name in ("image", "video"):
     if name in values:
       values[name] = os.fspath(path.parent / values[name])

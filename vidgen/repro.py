@@ -182,19 +182,40 @@ def read(path: str | pathlib.Path) -> Side:
   place = pathlib.Path(path).expanduser()
   if not place.is_dir():
     return Side(str(path), place.parent, _manifest(place))
-  if (place / provenance.NAME).exists():
-    return Side(str(path), place, _manifest(place / provenance.NAME))
-  shards = [_manifest(shard) for shard in sorted(place.glob(_SHARDS))]
-  if not shards:
+  paths = sorted(place.glob(_SHARDS))
+  shards = [_manifest(shard) for shard in paths]
+  if not shards and not (place / provenance.NAME).exists():
     raise errors.InputError(
       f"{place}: holds no {provenance.NAME}; name a folder that vidgen sample, "
       "train or evaluate has written."
     )
-  whole = dict(shards[-1])
-  whole["attempts"] = [one for shard in shards for one in shard["attempts"]]
-  # Each knows of its own clips; the ledgers know of all.
+  began = lambda manifest: str(manifest.get("start"))
+  if (place / provenance.NAME).exists():
+    held = _manifest(place / provenance.NAME)
+    # A job may have been split after it had begun.
+    if all(began(held) >= began(shard) for shard in shards):
+      return Side(str(path), place, held)
+  whole = dict(max(shards, key=began))
+  # Of a job that was split anew, the shards of the last time.
+  newest = paths[shards.index(whole)].name.rpartition("-of-")[2]
+  of = dict(zip([shard.name for shard in paths], shards, strict=True))
+  job = {name: of[name] for name in of if name.endswith(f"-of-{newest}")}
+  if "shard" in whole["config"]:
+    whole["config"] = {**whole["config"], "shard": "0/1"}
+  whole["attempts"] = [
+    one for shard in job.values() for one in shard["attempts"]
+  ]
+  made = [shard["outputs"] for shard in job.values()]
+  every = [f"manifest-{i:05d}-of-{len(job):05d}.json" for i in range(len(job))]
+  # Each knows of its own clips; of one that has not ended, the ledger knows.
   whole["outputs"] = None
+  if list(job) == every and all(map(_is_of_clips, made)):
+    whole["outputs"] = outputs.together(made)
   return Side(str(path), place, whole)
+
+
+def _is_of_clips(made: Any) -> bool:
+  return likeness.is_as_written(made) and made["kind"] == "clips"
 
 
 def _manifest(path: pathlib.Path) -> dict[str, Any]:
@@ -222,12 +243,19 @@ def differences(
   absent = object()
   differing = [n for n in names if a.get(n, absent) != b.get(n, absent)]
   same_weights = _known(first) == _known(second) != {}
+  same_loras = _loras(first) == _loras(second)
+  weighs = lambda name: name.startswith("lora.") and not same_loras
   same_code = first["code"].get("source") == second["code"].get("source")
   found = []
   for kind, name in differing:
     texts = [_text(side.get((kind, name))) for side in (a, b)]
     harmless = (
-      (kind == "config" and same_weights and _is_name(name))
+      (
+        kind == "config"
+        and same_weights
+        and _is_name(name)
+        and not weighs(name)
+      )
       # Another commit of the same files.
       or (kind == "code" and same_code is True)
     )
@@ -306,6 +334,13 @@ def _known(manifest: dict[str, Any]) -> dict[str, Any]:
   """Returns the hashes of weights, where all of them are known."""
   found = {n: item["sha256"] for n, item in manifest["weights"].items()}
   return {} if None in found.values() else found
+
+
+def _loras(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+  """Returns the weights of LoRAs, by the names of their files."""
+  held = manifest["config"].get("lora")
+  held = held if isinstance(held, dict) else {}
+  return sorted((pathlib.Path(n).name, _text(w)) for n, w in held.items())
 
 
 def _is_name(name: str) -> bool:

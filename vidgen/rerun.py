@@ -101,6 +101,11 @@ def arguments(
       "launch/README.md says, then vidgen repro check."
     )
   kept = _without(argv[1:], {flag, f"config.{flag}", "config"})
+  shard = manifest.get("config", {}).get("shard")
+  if isinstance(shard, str):
+    # Hosts may have said it, and say another one here.
+    kept = _without(kept, {"shard", "config.shard"})
+    kept.append(f"--shard={shard}")
   config = manifest.get("config_file")
   if config is not None:
     # What stands after a colon is an argument of the config's.

@@ -4,6 +4,7 @@ Everything here may come from elsewhere or be half written: a part that cannot
 be read is left out or said to be bad, and never ends the reading.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -164,7 +165,9 @@ def _sizes(folder: pathlib.Path) -> dict[str, int]:
       if entry.is_dir():
         sizes[entry.name] = -1
       elif entry.is_file():
-        sizes[entry.name] = entry.stat().st_size
+        # Another part of the job may rename what it has just written.
+        with contextlib.suppress(FileNotFoundError):
+          sizes[entry.name] = entry.stat().st_size
   return sizes
 
 

@@ -4,6 +4,7 @@ A clip is done when its files are there and its line in the ledger has their
 hashes: the same command again makes what is left, and nothing twice.
 """
 
+import collections
 import contextlib
 import pathlib
 import tempfile
@@ -158,14 +159,24 @@ class _Job:
     """Says what the clips are made of."""
     config = self.config
     record.seeds(seed=config.seed)
-    record.outputs(lambda: outputs.of_clips(self.out))
+    record.outputs(self._outputs)
     record.weights(self.folder)
+    names = collections.Counter()
     for path in sample_plan.lora_files(config.lora):
-      record.weights(path, f"lora {pathlib.Path(path).name}")
+      # Many files have the name that is usual.
+      name = pathlib.Path(path).name
+      names[name] += 1
+      number = f" {names[name]}" if names[name] > 1 else ""
+      record.weights(path, f"lora {name}{number}")
     for name in ("prompts", "image", "video"):
       path = getattr(config, name)
       if path is not None and pathlib.Path(path).exists():
         record.inputs(path, name)
+
+  def _outputs(self) -> dict[str, Any]:
+    """Returns what there is of the job's clips, whoever made them."""
+    failures = {failure.index for failure in self.failures}
+    return outputs.of_clips(self.out, {*self.names.values()}, failures)
 
   def _refuse(self, clip: clips.Clip, error: errors.InputError) -> None:
     """Takes a clip out that the model cannot make."""
@@ -204,7 +215,7 @@ class _Job:
     done = np.zeros(len(self.clips), bool)
     if self.writes:
       self._sweep()
-      done = self._done(verify)
+      done = self._done(model, verify)
     if jax.process_count() > 1:
       done = multihost_utils.broadcast_one_to_all(done)
     pairs = zip(self.clips, done, strict=True)
@@ -214,7 +225,7 @@ class _Job:
       raise _NothingLeft
     return self.todo
 
-  def _done(self, verify: bool) -> np.ndarray:
+  def _done(self, model: Any, verify: bool) -> np.ndarray:
     """Says of each clip whether it is there, whole."""
     held = {r["name"]: r for r in ledger.read(self.out)}
     wanted = config_formats(self.config)
@@ -226,6 +237,10 @@ class _Job:
       stem = self.names[clip.index]
       if any(clips.file_name(stem, f) not in record["files"] for f in wanted):
         continue
+      # The rate is no part of the name where it changes no pixel.
+      timed = {"mp4", "gif"} & {*wanted}
+      if timed and record.get("fps") != self._fps(model, clip):
+        continue
       if damage := ledger.damage(self.out, record, verify):
         self.progress.say(f"{damage}; it is made anew", of_clip=False)
       done[number] = not damage
@@ -233,7 +248,8 @@ class _Job:
 
   def _sweep(self) -> None:
     """Removes what killed jobs of this shard left behind, half written."""
-    names = set(self.names.values())
+    manifest = _manifest(*sample_plan.shard_of(self.config))
+    names = {*self.names.values(), pathlib.Path(manifest).stem}
     for path in self.out.glob(".*"):
       if video.target_of(path) in names:
         video.remove(path)
@@ -297,9 +313,7 @@ class _Job:
     seconds: float,
   ) -> list[str]:
     """Writes a clip's files, then its line; runs beside the devices."""
-    planned = sample_model.check_clip(self.pipeline.model, clip, self.config)
-    fps = self.pipeline.fps if planned is None else planned.fps
-    fps = fps if self.config.fps is None else self.config.fps
+    fps = self._fps(self.pipeline.model, clip)
     name = self.names[clip.index]
     formats = config_formats(self.config)
     files = clips.write(self.out / name, formats, latents, frames, fps)
@@ -312,6 +326,13 @@ class _Job:
         home.mkdir(exist_ok=True)
         posters.write(home / f"{name}.jpg", frames[0])
     return files
+
+  def _fps(self, model: Any, clip: clips.Clip) -> int | float:
+    """Returns the frame rate of a clip's files."""
+    if self.config.fps is not None:
+      return self.config.fps
+    planned = sample_model.check_clip(model, clip, self.config)
+    return model.fps if planned is None else planned.fps
 
   def _written(self, files: list[str]) -> None:
     self.files += files

@@ -47,7 +47,7 @@ def load(
         if refused is None:
           raise
         errors_of[clip.index] = (clip, error)
-    if not good:
+    if errors_of and not good:
       raise next(iter(errors_of.values()))[1]
     for clip, error in errors_of.values():
       refused(clip, error)

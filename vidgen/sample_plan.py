@@ -126,13 +126,13 @@ def sift(config: SampleConfig) -> tuple[list[clips.Clip], list[Failure]]:
       for name, probe in (("image", video.read_image), ("video", _probe)):
         path = _pick(line, config, name)
         if path is not None:
-          _once(seen, path, line.where, probe)
+          _once(seen, (name, path), line.where, probe)
       made = _clips(line, config, index)
       planned += made
       index += len(made)
     except errors.InputError as error:
       failures.append(Failure(line.where, index, str(error)))
-      index += config.videos_per_prompt
+      index += _pick(line, config, "videos_per_prompt")
   if not planned:
     raise errors.InputError(failures[0].error)
   changed = config.strength != SampleConfig.strength
@@ -141,17 +141,22 @@ def sift(config: SampleConfig) -> tuple[list[clips.Clip], list[Failure]]:
   return planned, failures
 
 
-def _once(seen: dict[str, str | None], path: str, where: str, probe: Any):
+def _once(
+  seen: dict[tuple[str, str], str | None],
+  key: tuple[str, str],
+  where: str,
+  probe: Any,
+) -> None:
   """Reads an image or a video that many lines may name, once."""
-  if path not in seen:
-    seen[path] = None
+  if key not in seen:
+    seen[key] = None
     try:
-      probe(path)
+      probe(key[1])
     except errors.InputError as error:
-      seen[path] = str(error)
-  if seen[path] is not None:
-    at = f"{where}: " if where and not seen[path].startswith(where) else ""
-    raise errors.InputError(f"{at}{seen[path]}")
+      seen[key] = str(error)
+  if seen[key] is not None:
+    at = f"{where}: " if where and not seen[key].startswith(where) else ""
+    raise errors.InputError(f"{at}{seen[key]}")
 
 
 def with_line(where: str, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,9 +189,10 @@ def check(config: SampleConfig) -> None:
         f"config: formats may hold {', '.join(clips.FORMATS)}, not {name!r}."
         f"{prompts.closest(name, clips.FORMATS)}"
       )
-  if config.fps is not None and not 0 < config.fps <= 1000:
+  # Files of video would hold a smaller one as another.
+  if config.fps is not None and not 0.001 <= config.fps <= 1000:
     raise errors.InputError(
-      f"config: fps must be above 0 and at most 1000, not {config.fps}."
+      f"config: fps must be from 0.001 to 1000, not {config.fps}."
     )
   fields = {field.name for field in dataclasses.fields(config)}
   fields |= {"output", "clips", "progress", "latents"}
@@ -240,7 +246,9 @@ def config_formats(config: SampleConfig) -> tuple[str, ...]:
   return tuple(dict.fromkeys(names))
 
 
-def _pick(line: prompts.Line, config: SampleConfig, name: str) -> Any:
+def _pick(
+  line: prompts.Line | prompts.Bad, config: SampleConfig, name: str
+) -> Any:
   """Returns a field of a line, or the job's if the line leaves it out."""
   value = getattr(line, name)
   return getattr(config, name) if value is None else value

@@ -77,8 +77,10 @@ def run(values: flags.FlagValues) -> None:
       setattr(config, other, None)
   for name, value in given.items():
     setattr(config, name, value)
-  if "shard" not in given and (part := hosts.part(os.environ)):
-    config.shard = part
+  # A config may say, too, which part this is.
+  whole = sample.SampleConfig.shard
+  if config.shard == whole and "shard" not in given:
+    config.shard = hosts.part(os.environ) or whole
   cache.enable()
   told = progress.create(sys.stderr)
   summary = sample.run(
