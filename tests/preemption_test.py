@@ -85,6 +85,14 @@ def test_the_second_signal_ends_a_busy_process():
   child.communicate()
 
 
+def test_a_signal_that_comes_twice_at_once_is_one():
+  child = start("steps")
+  child.send_signal(signal.SIGTERM)
+  child.send_signal(signal.SIGTERM)
+  assert child.communicate(timeout=120)[0] == "saved\n"
+  assert child.returncode == 75
+
+
 def test_a_forked_worker_that_is_ended_asks_for_nothing():
   code = (
     "import os, signal, time\n"

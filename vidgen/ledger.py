@@ -5,6 +5,7 @@ of a name, which is one clip, the last counts. A line that a killed job left
 half written counts for nothing, and is cut off when the job goes on.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -152,6 +154,7 @@ class Ledger:
       # A job that ends removes an empty file: another may have opened it.
       while not self._open():
         self._file.close()
+      self._check_splits(folder, shards)
       self._cut()
     except OSError as error:
       if isinstance(error, errors.VidgenError):
@@ -177,6 +180,24 @@ class Ledger:
       return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
     except FileNotFoundError:
       return False
+
+  def _check_splits(self, folder: pathlib.Path, shards: int) -> None:
+    """Raises InputError where jobs that split the work otherwise are at it."""
+    for path in folder.glob("clips*.jsonl"):
+      other = re.search(r"-of-(\d+)\.jsonl$", path.name)
+      if (int(other[1]) if other else 1) == shards:
+        continue
+      with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        try:
+          fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+          self._file.close()
+          raise errors.InputError(
+            f"{path}: a job that splits the work in another way is writing it; "
+            "wait for its end."
+          ) from error
+        except OSError:
+          continue
 
   def _cut(self) -> None:
     """Ends the file after its last whole line."""

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 import weakref
 from types import FrameType
 from typing import Any
@@ -12,6 +13,10 @@ import jax
 from jax.experimental import multihost_utils
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# Seconds in which a signal that comes again is the same one: whoever ends a
+# process and its group, as `timeout` does, sends it twice.
+_TWICE = 0.5
 
 
 class Preemption:
@@ -106,10 +111,13 @@ class Preemption:
 
   def _watch(self, descriptor: int) -> None:
     """Reads the numbers of signals until a zero."""
-    first = True
+    first, last, since = True, 0, 0.0
     while (number := os.read(descriptor, 1)[0]) != 0:
       if number not in _SIGNALS:
         continue
+      if number == last and time.monotonic() - since < _TWICE:
+        continue
+      last, since = number, time.monotonic()
       name = signal.Signals(number).name
       if not first:
         _tell(f"{name} again: stopping at once.")

@@ -19,8 +19,9 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 # How many files a summary names.
 _LISTED = 20
-# Seconds between two lines that say how a job of many clips stands.
-_TALLY = 30
+# Seconds between two lines that say how a job of many clips stands; of a job
+# of more clips than _EACH the first ones alone have lines of their own.
+_TALLY, _EACH, _FIRST = 30, 20, 3
 
 
 class Progress:
@@ -71,7 +72,7 @@ class Progress:
       self._first = made, time.perf_counter()
 
   def tally(self) -> str:
-    """Returns how a job of many clips stands, in a line."""
+    """Returns how a job of many clips stands, with its peak memory."""
     done = max(0, self.number - 1)
     parts = [f"{done}/{self.total} clips"]
     if self.failed:
@@ -80,10 +81,9 @@ class Progress:
       seconds = time.perf_counter() - self._first[1]
       rate = (self.made - self._first[0]) / seconds
       left = self.total - self.failed - done
-      parts.append(f"{3600 * rate:,.0f} an hour")
+      parts.append(f"{3600 * rate:,.0f}/h")
       parts.append(f"{duration(left / rate)} left")
-    peak, what = peak_memory()
-    parts.append(f"{peak / 2**30:.1f} GiB at most ({what})")
+    parts.append(f"{peak_memory()[0] / 2**30:.1f} GiB")
     return ", ".join(parts)
 
   @contextlib.contextmanager
@@ -108,6 +108,9 @@ class Progress:
 
   def say(self, text: str, of_clip: bool = True) -> None:
     """Shows a line that stays; `of_clip`: it is of the clip at hand."""
+
+  def wrote(self, text: str) -> None:
+    """Says what files a clip was written to."""
 
   def _begin(self, name: str) -> None:
     """Shows that a stage begins."""
@@ -156,13 +159,24 @@ class Lines(Progress):
     prefix = self._prefix() if of_clip else ""
     print(f"{prefix}{text}", file=self._stream, flush=True)
 
+  def wrote(self, text: str) -> None:
+    if not self._terse():
+      self.say(text, of_clip=False)
+
+  def _terse(self) -> bool:
+    """Whether a clip among many has no lines of its own."""
+    return self.total > _EACH and self.made >= _FIRST
+
   def _begin(self, name: str) -> None:
     self._rate, self._tenth = Rate(), 0
-    self.say(f"{name} ...")
+    if not self._terse():
+      self.say(f"{name} ...")
 
   def _end(self, name: str, seconds: float | None, compiled: float) -> None:
     if seconds is None:
       self.say(f"{name} stopped")
+      return
+    if self._terse():
       return
     apart = f" (and {compiled:.1f} s compiling)" if compiled >= 0.05 else ""
     self.say(f"{name} took {seconds:.1f} s{apart}")
@@ -170,7 +184,7 @@ class Lines(Progress):
   def step(self, done: int, total: int) -> None:
     self._rate.update(done)
     tenth = 10 * done // total
-    if tenth == self._tenth and done > 1:
+    if self._terse() or (tenth == self._tenth and done > 1):
       return
     self._tenth = tenth
     text = f"step {done}/{total}"
@@ -224,6 +238,10 @@ class Bar(Progress):
     self._bar.console.print(
       f"{prefix}{text}", markup=False, highlight=False, soft_wrap=True
     )
+
+  def wrote(self, text: str) -> None:
+    if self.total <= _EACH:
+      self.say(text, of_clip=False)
 
   def _begin(self, name: str) -> None:
     self._rate = Rate()

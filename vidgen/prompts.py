@@ -297,7 +297,11 @@ def _read_csv(path: pathlib.Path, lines: list[str | errors.InputError]) -> Rows:
           yield number, {k: _number(k, v) for k, v in cells if v}
       number = reader.line_num + 1
   except csv.Error as error:
-    raise errors.InputError(f"{path}:{number}: {error}.") from error
+    if header is None:
+      raise errors.InputError(f"{path}:{number}: {error}.") from error
+    # Where the next row would begin nobody knows.
+    text = f"{path}:{number}: {error}; what follows is not read."
+    yield number, errors.InputError(text)
 
 
 def _header(where: str, row: list[str]) -> list[str]:

@@ -304,12 +304,21 @@ def _earlier(path: pathlib.Path) -> list[dict[str, Any]]:
   try:
     attempts = outputs.read_json(path).get("attempts", [])
     if isinstance(attempts, list):
-      return attempts
+      return [_ended(attempt) for attempt in attempts]
     reason = f"{path}: has no list of attempts."
   except errors.VidgenError as error:
     reason = str(error)
   _warn(f"what it told of earlier attempts is lost: {reason}")
   return []
+
+
+def _ended(attempt: Any) -> Any:
+  """An earlier attempt; one that still says that it runs was killed."""
+  there = attempt.get("exit") if isinstance(attempt, dict) else None
+  if isinstance(there, dict) and there.get("reason") == "running":
+    killed = {"reason": "ended without a word", "code": None}
+    return {**attempt, "exit": killed}
+  return attempt
 
 
 def _exit(error: BaseException | None) -> tuple[str, int]:

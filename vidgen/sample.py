@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from vidgen import (
   clips,
   errors,
+  fingerprint,
   ledger,
   modelmark,
   outputs,
@@ -37,10 +38,13 @@ config_formats = sample_plan.config_formats
 plan = sample_plan.plan
 
 # What the pixels of every clip depend on, besides what a `Clip` says.
-_SETTINGS = ("dtype", "lora", "lora_scale", "tiling")
+_SETTINGS = ("dtype", "lora", "lora_scale", "tiling", "batch_size")
 
 # Fields of a config that change no pixel, besides places.
 _IDLE = ("formats", "residency")
+
+# How many lines of a job may be told as bad before the rest is counted.
+_TOLD = 20
 
 # Stages that keep the devices at work.
 _DEVICE = ("text", "image", "video", "denoise", "decode")
@@ -114,6 +118,8 @@ class _Job:
     self.warm: tuple[float, float] | None = None
     self.last: float | None = None
     self.ledger: ledger.Ledger | None = None
+    self.todo: list[clips.Clip] = []
+    self.told = 0
 
   def run(
     self, verify: bool, origin: provenance.Origin | None
@@ -122,8 +128,11 @@ class _Job:
     part, parts = sample_plan.shard_of(self.config)
     with contextlib.ExitStack() as stack:
       if self.writes:
+        self._check_folder(_manifest(part, parts))
         self.ledger = ledger.Ledger(self.out, part, parts)
         stack.callback(self.ledger.close)
+        lines = ledger.read(self.out)
+        self.known = {(r["index"], r.get("error")) for r in lines}
       for failure in self.failures:
         self._fail(failure, None)
       with self.progress.stage("load"), contextlib.suppress(_NothingLeft):
@@ -133,6 +142,8 @@ class _Job:
           refused=self._refuse,
           left=lambda model, folder: self._left(model, folder, verify),
         )
+      if not self.todo and self._is_recorded(_manifest(part, parts)):
+        return self._summary()
       recording = provenance.recording(
         self.out,
         "sample",
@@ -154,6 +165,32 @@ class _Job:
         # What is shown of clips comes last: their ledger and manifest first.
         report.write(self.out, posters=False)
     return self._summary()
+
+  def _check_folder(self, manifest: str) -> None:
+    """Raises InputError where the folder belongs to a run of another kind."""
+    path = self.out / manifest
+    if not path.exists():
+      return
+    try:
+      command = outputs.read_json(path).get("command")
+    except errors.CorruptError:
+      command = None
+    if command != "sample":
+      what = f"of vidgen {command}" if command else "of nothing known here"
+      raise errors.InputError(
+        f"{path}: is {what}, and sampling would write over it; choose another "
+        "--out."
+      )
+
+  def _is_recorded(self, manifest: str) -> bool:
+    """Says whether the manifest tells of all that there is, and of its end."""
+    path = self.out / manifest
+    if self.failures or not path.exists():
+      return False
+    held = outputs.read_json(path)
+    return held.get("exit", {}).get("code") == 0 and (
+      held.get("outputs") == fingerprint.plain(self._outputs())
+    )
 
   def _record(self, record: provenance.Record) -> None:
     """Says what the clips are made of."""
@@ -189,8 +226,14 @@ class _Job:
     self, failure: sample_plan.Failure, clip: clips.Clip | None
   ) -> None:
     """Tells of a failure, and notes it."""
-    self.progress.say(failure.error, of_clip=False)
-    if self.ledger is None:
+    self.told += 1
+    if self.told <= _TOLD:
+      self.progress.say(failure.error, of_clip=False)
+    elif self.told == _TOLD + 1:
+      where = ledger.file_name(*sample_plan.shard_of(self.config))
+      text = f"more cannot be made; {self.out / where} has them all"
+      self.progress.say(text, of_clip=False)
+    if self.ledger is None or (failure.index, failure.error) in self.known:
       return
     record = {"index": failure.index, "name": None, "where": failure.where}
     if clip is not None:
@@ -228,6 +271,14 @@ class _Job:
   def _done(self, model: Any, verify: bool) -> np.ndarray:
     """Says of each clip whether it is there, whole."""
     held = {r["name"]: r for r in ledger.read(self.out)}
+    mine = {*self.names.values(), None}
+    others = [n for n, r in held.items() if n not in mine and r["files"]]
+    if others and sample_plan.shard_of(self.config)[1] == 1:
+      self.progress.say(
+        f"{len(others)} clips of other prompts, settings or weights are in "
+        f"{self.out}, and stay there",
+        of_clip=False,
+      )
     wanted = config_formats(self.config)
     done = np.zeros(len(self.clips), bool)
     for number, clip in enumerate(self.clips):
@@ -259,7 +310,7 @@ class _Job:
     with writer.Writer(self._written) as files:
       batches = clips.batches(self.todo, self.config.batch_size)
       for number, batch in enumerate(batches, 1):
-        self._tell(batch)
+        self._tell()
         began = time.perf_counter()
         made = self._made(batch)
         seconds = (time.perf_counter() - began) / len(batch)
@@ -277,6 +328,7 @@ class _Job:
       else:
         number = 0
     self.progress.seconds["write"] = files.seconds
+    self._tell()
     if number:
       left = len(self.todo) - self.made
       raise errors.PreemptedError(
@@ -284,7 +336,7 @@ class _Job:
         "the same command to go on."
       )
 
-  def _tell(self, batch: list[clips.Clip]) -> None:
+  def _tell(self) -> None:
     done = self.there + self.made
     self.progress.clip(done + 1, self.total, len(self.failures), self.made)
 
@@ -336,7 +388,7 @@ class _Job:
 
   def _written(self, files: list[str]) -> None:
     self.files += files
-    self.progress.say(" ".join(files), of_clip=False)
+    self.progress.wrote(" ".join(files))
 
   def _busy(self) -> float:
     """The seconds in which devices worked."""

@@ -76,10 +76,9 @@ def atomic(path: Path) -> Iterator[pathlib.Path]:
   except OSError as error:
     raise storage_error(path, error) from error
   finally:
-    if temporary.is_dir():
-      shutil.rmtree(temporary, ignore_errors=True)
-    else:
-      temporary.unlink(missing_ok=True)
+    # Where nothing can be written, there is nothing to remove.
+    with contextlib.suppress(OSError):
+      remove(temporary)
 
 
 def _beside(path: pathlib.Path, kind: str) -> pathlib.Path:

@@ -116,6 +116,17 @@ def measure(
   Raises:
     InputError: The sets have different n, or fewer clips than asked for.
   """
+  counts = [
+    sum(item.problem is None for item in side.items)
+    for side in (reference, generated)
+  ]
+  if settings.n is None and counts[0] != counts[1]:
+    # Told before a network has seen a clip.
+    raise errors.InputError(
+      f"{', '.join(names)}: the reference has {counts[0]} clips, the generated "
+      f"set {counts[1]}; distances of sets of different n do not compare: give "
+      f"--n={min(counts)} to take the first of both."
+    )
   results = {}
   for key, network in found.items():
     own = [name for name in names if METRICS[name] == key]
