@@ -696,6 +696,17 @@ def test_the_number_of_shards_may_change(tmp_path, pipeline):
   assert [r["status"] for r in told] == ["done"] * 4
 
 
+def test_names_of_files_may_be_any_bytes(tmp_path, pipeline):
+  path = tmp_path / os.fsdecode(b"\xff.txt")
+  path.write_text("a\n")
+  summary = sample.run(config(tmp_path, prompts=os.fspath(path)))
+  assert summary.clips == 1 and not summary.failures
+  (record,) = ledger.read(tmp_path / "out")
+  assert record["where"] == f"{path}:1"
+  held = json.loads((tmp_path / "out/manifest.json").read_text())
+  assert held["config"]["prompts"] == os.fspath(path)
+
+
 def test_the_manifest_is_of_the_jobs_own_clips(tmp_path, pipeline):
   path = tmp_path / "a.txt"
   path.write_bytes(b"a\n\xff\nb\n")
