@@ -769,6 +769,32 @@ def test_of_a_batch_that_fails_the_others_are_made(tmp_path, pipeline):
   assert all(len(call["clips"]) == 3 for call in pipeline.calls)
 
 
+def test_clips_that_do_not_fit_stop_no_others(tmp_path, pipeline, monkeypatch):
+  path = tmp_path / "a.csv"
+  path.write_text("prompt,height\na,\nb,640\nc,640\nd,\ne,640\n")
+  made, tried = pipeline.sample, []
+
+  def sample_or_not(prompt, *, height, **arguments):
+    tried.append(height)
+    if height == 640:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")
+    return made(prompt, height=height, **arguments)
+
+  monkeypatch.setattr(pipeline, "sample", sample_or_not)
+  summary = sample.run(config(tmp_path, prompts=os.fspath(path), batch_size=2))
+  assert (summary.clips, len(summary.failures)) == (2, 3)
+  assert all("more memory" in failure for failure in summary.failures)
+  assert "a.csv:3: " in summary.failures[0]
+  assert tried == [None, 640]
+
+  def broken(*arguments, **others):
+    raise jax.errors.JaxRuntimeError("INTERNAL: a device is lost.")
+
+  monkeypatch.setattr(pipeline, "sample", broken)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="is lost"):
+    sample.run(config(tmp_path, prompt="a", seed=1))
+
+
 def test_a_signal_stops_between_two_steps(tmp_path, pipeline, monkeypatch):
   job = many(tmp_path, 3)
   sampled = pipeline.sample
