@@ -707,6 +707,17 @@ def test_the_number_of_shards_may_change(tmp_path, pipeline):
   assert [r["status"] for r in told] == ["done"] * 4
 
 
+def test_names_of_files_may_be_any_bytes(tmp_path, pipeline):
+  path = tmp_path / os.fsdecode(b"\xff.txt")
+  path.write_text("a\n")
+  summary = sample.run(config(tmp_path, prompts=os.fspath(path)))
+  assert summary.clips == 1 and not summary.failures
+  (record,) = ledger.read(tmp_path / "out")
+  assert record["where"] == f"{path}:1"
+  held = json.loads((tmp_path / "out/manifest.json").read_text())
+  assert held["config"]["prompts"] == os.fspath(path)
+
+
 def test_the_manifest_is_of_the_jobs_own_clips(tmp_path, pipeline):
   path = tmp_path / "a.txt"
   path.write_bytes(b"a\n\xff\nb\n")
@@ -816,6 +827,32 @@ def test_a_job_of_many_clips_has_few_lines(tmp_path, pipeline):
   lines = said.getvalue().splitlines()
   assert 10 < len(lines) < 60
   assert not any("clip 30/40" in line for line in lines)
+
+
+def test_clips_that_do_not_fit_stop_no_others(tmp_path, pipeline, monkeypatch):
+  path = tmp_path / "a.csv"
+  path.write_text("prompt,height\na,\nb,640\nc,640\nd,\ne,640\n")
+  made, tried = pipeline.sample, []
+
+  def sample_or_not(prompt, *, height, **arguments):
+    tried.append(height)
+    if height == 640:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")
+    return made(prompt, height=height, **arguments)
+
+  monkeypatch.setattr(pipeline, "sample", sample_or_not)
+  summary = sample.run(config(tmp_path, prompts=os.fspath(path), batch_size=2))
+  assert (summary.clips, len(summary.failures)) == (2, 3)
+  assert all("more memory" in failure for failure in summary.failures)
+  assert "a.csv:3: " in summary.failures[0]
+  assert tried == [None, 640]
+
+  def broken(*arguments, **others):
+    raise jax.errors.JaxRuntimeError("INTERNAL: a device is lost.")
+
+  monkeypatch.setattr(pipeline, "sample", broken)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="is lost"):
+    sample.run(config(tmp_path, prompt="a", seed=1))
 
 
 def test_a_signal_stops_between_two_steps(tmp_path, pipeline, monkeypatch):

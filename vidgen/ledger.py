@@ -219,7 +219,9 @@ class Ledger:
       StorageError: It could not be written; nothing of it is left.
     """
     record = {**record, "time": round(time.time(), 3)}
-    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(record, ensure_ascii=False) + "\n"
+    # A name of a file that is no Unicode, as JSON escapes it.
+    line = text.encode("utf-8", "backslashreplace")
     end = self._file.seek(0, os.SEEK_END)
     try:
       try:

@@ -212,7 +212,8 @@ class Record:
     whole = {**self._values, "attempts": [*self._attempts, attempt]}
     with video.atomic(self.path) as temporary:
       text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
-      temporary.write_text(text + "\n", encoding="utf-8", newline="\n")
+      # A name of a file that is no Unicode, as JSON escapes it.
+      temporary.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
 
 
 @contextlib.contextmanager

@@ -46,6 +46,11 @@ _IDLE = ("formats", "residency")
 # How many lines of a job may be told as bad before the rest is counted.
 _TOLD = 20
 
+_TOO_LARGE = (
+  "clips of this size need more memory than the devices have; make them "
+  "smaller, or set a smaller batch_size, tiling, residency=stage or a mesh."
+)
+
 # Stages that keep the devices at work.
 _DEVICE = ("text", "image", "video", "denoise", "decode")
 
@@ -114,6 +119,8 @@ class _Job:
     self.names: dict[int, str] = {}
     self.files: list[str] = []
     self.made, self.total = 0, len(self.clips) + len(self.failures)
+    # The shapes of clips that did not fit the devices.
+    self.too_large: set[tuple[Any, ...]] = set()
     # When the first batch was made, and for how long devices had worked.
     self.warm: tuple[float, float] | None = None
     self.last: float | None = None
@@ -343,19 +350,34 @@ class _Job:
   def _made(self, batch: list[clips.Clip]) -> list[tuple[clips.Clip, Any, Any]]:
     """Makes a batch; where one of its clips cannot be made, the others."""
     told = _Stopping(self.progress, self.stop, self.out)
+    shape = tuple(getattr(batch[0], name) for name in clips.SHARED)
+    if shape in self.too_large:
+      return self._all_fail(batch, _TOO_LARGE)
     try:
       made = sample_model.make(self.pipeline, batch, self.config, told)
       return [(c, *one) for c, one in zip(batch, made, strict=True)]
     except errors.InputError as error:
       if len(batch) > 1:
         return [one for clip in batch for one in self._made([clip])]
-      text = str(error)
-      if batch[0].where and not text.startswith(batch[0].where):
-        text = f"{batch[0].where}: {text}"
-      failure = sample_plan.Failure(batch[0].where, batch[0].index, text)
+      return self._all_fail(batch, str(error))
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      is_memory = isinstance(error, MemoryError)
+      is_memory |= str(error).startswith("RESOURCE_EXHAUSTED")
+      if not is_memory or jax.process_count() > 1:
+        raise
+      # Clips of other sizes may fit; more of this one need not be tried.
+      self.too_large.add(shape)
+      return self._all_fail(batch, _TOO_LARGE)
+
+  def _all_fail(self, batch: list[clips.Clip], text: str) -> list[Any]:
+    """Notes the same failure of each clip of a batch."""
+    for clip in batch:
+      is_told = not clip.where or text.startswith(clip.where)
+      line = text if is_told else f"{clip.where}: {text}"
+      failure = sample_plan.Failure(clip.where, clip.index, line)
       self.failures.append(failure)
-      self._fail(failure, batch[0])
-      return []
+      self._fail(failure, clip)
+    return []
 
   def _write(
     self,
