@@ -362,3 +362,15 @@ def test_an_evaluation_has_a_manifest(folders, tmp_path, capsys):
   # Other draws of the intervals are other numbers.
   assert main.main(["evaluate", *sides, "--seed=1", f"--json={file}"]) == 0
   assert main.main(["repro", "check", *both]) == 1
+
+
+def test_pairs_that_are_none_are_said(tmp_path):
+  one, two = sets_test.frames(0), sets_test.frames(1)
+  a = sets_test.job(tmp_path / "a", [("A star.", one), ("same", two)])
+  b = sets_test.job(tmp_path / "b", [("A dog.", one), ("same", two)], ("png",))
+  options = evaluate.Options(str(b), str(a), metrics=("psnr",))
+  with pytest.warns(UserWarning) as said:
+    evaluate.run(options)
+  texts = [str(item.message) for item in said]
+  assert any("1 of 2 pairs are of different prompts" in t for t in texts)
+  assert any("from mp4, the other from png" in t for t in texts)

@@ -880,6 +880,22 @@ def test_a_signal_stops_between_two_steps(tmp_path, pipeline, monkeypatch):
   monkeypatch.undo()
 
 
+def test_a_signal_while_the_model_loads_makes_no_clip(
+  tmp_path, pipeline, monkeypatch
+):
+  load = vidgen.load
+
+  def signalled(*arguments, **options):
+    result = load(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return result
+
+  monkeypatch.setattr(vidgen, "load", signalled)
+  with pytest.raises(errors.PreemptedError, match="3 of 3 clips left"):
+    sample.run(many(tmp_path, 3))
+  assert not pipeline.calls
+
+
 def test_writing_goes_on_beside_sampling(tmp_path, pipeline, monkeypatch):
   written, sampled = threading.Event(), threading.Event()
   write, make = clips.write, pipeline.sample

@@ -124,7 +124,8 @@ def run(
     found |= _single(options, single, generated, tools, told)
   if compared := [name for name in names if name in PAIRED]:
     found |= _paired(options, compared, reference, generated, tools, told)
-    _, *lacking = sets.pair(reference.items, generated.items)
+    pairs, *lacking = sets.pair(reference.items, generated.items)
+    _warn_of_pairs(pairs)
     missing = dict(zip(("reference", "generated"), lacking, strict=True))
     for side, lacked in missing.items():
       if lacked:
@@ -153,6 +154,33 @@ def run(
     _versions(names),
     dataclasses.asdict(options),
   )
+
+
+def _warn_of_pairs(pairs: list[tuple[sets.Item, sets.Item]]) -> None:
+  """Warns of pairs that are no pairs, or of which one side has lost more."""
+  other = [
+    g.name
+    for r, g in pairs
+    if None not in (r.prompt, g.prompt) and r.prompt != g.prompt
+  ]
+  if other:
+    warnings.warn(
+      f"{len(other)} of {len(pairs)} pairs are of different prompts, for one "
+      f"{other[0]}; pairs are clips of the same index or name.",
+      stacklevel=3,
+    )
+  kinds = {
+    (r.path.suffix, g.path.suffix)
+    for r, g in pairs
+    if None not in (r.path, g.path)
+  }
+  if uneven := sorted(pair for pair in kinds if pair[0] != pair[1]):
+    left, right = (suffix or "png" for suffix in uneven[0])
+    warnings.warn(
+      f"one side is read from {left.lstrip('.')}, the other from "
+      f"{right.lstrip('.')}: what a codec loses counts as a difference.",
+      stacklevel=3,
+    )
 
 
 def _chosen(options: Options) -> tuple[str, ...]:

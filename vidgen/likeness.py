@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vidgen import errors, outputs, tensorheader, video
+from vidgen import errors, ledger, outputs, tensorheader, video
 from vidgen.metrics import pixels
 
 IDENTICAL = "identical"
@@ -16,6 +16,7 @@ DIFFERENT = "different"
 
 # Which file of a clip is looked at: what loses least comes first.
 _FORMATS = ("", ".npz", ".mp4", ".gif")
+_LOSSY = (".mp4", ".gif")
 
 
 @dataclasses.dataclass
@@ -87,22 +88,51 @@ def _clips(first, second, folders, tolerance):
     return Likeness(DIFFERENT, f"{missing} clips are in one of them", lines)
   if not both:
     return Likeness(DIFFERENT, "there is no clip in either", lines)
+  for name, side, folder in zip("AB", (first, second), folders, strict=True):
+    if damaged := _damaged(side, folder):
+      why = f"the files of {len(damaged)} clips in {name} are not as written"
+      lines.append(f"clips with damaged files in {name}: {_listed(damaged)}")
+      return Likeness(DIFFERENT, why, lines)
   if not unequal:
     why = f"the frames of all {len(both)} clips are equal"
     return Likeness(IDENTICAL, why, lines)
   some = f"{len(unequal)} of {len(both)} clips differ"
   if tolerance is None:
     return Likeness(DIFFERENT, some, lines)
-  worst, lowest = 0.0, pixels.MAX_PSNR
+  worst, lowest, lossy = 0.0, pixels.MAX_PSNR, False
   for index in unequal:
+    lossy |= _compared(a[index], b[index]) in _LOSSY
     found = _difference(a[index], b[index], folders)
     if found is None:
       return Likeness(DIFFERENT, f"clip {index} has another size", lines)
     worst, lowest = max(worst, found[0]), min(lowest, found[1])
   lines.append(f"largest difference {worst:.6g}, lowest PSNR {lowest:.2f} dB")
+  if lossy:
+    lines.append(
+      "compared as the files show them: what mp4 and gif lose counts; "
+      "--config.formats=mp4,png keeps the frames themselves"
+    )
   met = worst <= tolerance
   why = f"{some}, by {worst:.6g} at most, tolerance {tolerance:.6g}"
   return Likeness(ROUNDING if met else DIFFERENT, why, lines, worst, lowest)
+
+
+def _damaged(side: dict[str, Any], folder: pathlib.Path) -> list[int]:
+  """Returns the clips of which a file is gone, or has other bytes.
+
+  A manifest may have come without its folder: then nothing is known of files.
+  """
+  if not any(folder.glob(outputs.LEDGERS)):
+    return []
+  return [
+    clip["index"]
+    for clip in side["clips"]
+    if any(
+      not (folder / name).exists() or ledger.digest(folder / name) != digest
+      for name, digest in clip["sha256"].items()
+      if tensorheader.is_plain(name)
+    )
+  ]
 
 
 def _less(both: list[int], unequal: list[int]) -> int:
@@ -131,18 +161,15 @@ def _difference(
 
   None where their sizes differ.
   """
-  suffixes = [
-    {pathlib.Path(name).suffix: name for name in clip["sha256"]}
-    for clip in (a, b)
-  ]
-  common = [s for s in _FORMATS if all(s in names for names in suffixes)]
-  if not common:
+  suffixes = _suffixes(a, b)
+  suffix = _compared(a, b)
+  if suffix is None:
     raise errors.InputError(
       f"{folders[0]} and {folders[1]}: clip {a['index']} has no file of the "
       "same format in both; make both with the same formats."
     )
   x, y = (
-    _read(folder, names[common[0]])
+    _read(folder, names[suffix])
     for folder, names in zip(folders, suffixes, strict=True)
   )
   if x.shape != y.shape:
@@ -157,6 +184,21 @@ def _difference(
   worst = float(error.max())
   # What is no number is as far off as can be.
   return worst if math.isfinite(worst) else math.inf, psnr
+
+
+def _suffixes(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, str]]:
+  """The files of two clips by what their names end with."""
+  return [
+    {pathlib.Path(name).suffix: name for name in clip["sha256"]}
+    for clip in (a, b)
+  ]
+
+
+def _compared(a: dict[str, Any], b: dict[str, Any]) -> str | None:
+  """The suffix of the files by which two clips are compared, if any."""
+  both = _suffixes(a, b)
+  common = [s for s in _FORMATS if all(s in names for names in both)]
+  return common[0] if common else None
 
 
 def _read(folder: pathlib.Path, name: str) -> np.ndarray:

@@ -317,6 +317,9 @@ class _Job:
     with writer.Writer(self._written) as files:
       batches = clips.batches(self.todo, self.config.batch_size)
       for number, batch in enumerate(batches, 1):
+        # Asked while the model was loaded, or the last clips were made.
+        if jax.process_count() == 1 and self.stop.requested(number):
+          break
         self._tell()
         began = time.perf_counter()
         made = self._made(batch)
@@ -330,14 +333,17 @@ class _Job:
         else:
           self.last = time.perf_counter()
         files.look()
-        if number < len(batches) and self.stop.requested(number):
+        several = jax.process_count() > 1
+        if several and number < len(batches) and self.stop.requested(number):
           break
       else:
         number = 0
     self.progress.seconds["write"] = files.seconds
     self._tell()
     if number:
-      left = len(self.todo) - self.made
+      failed = {failure.index for failure in self.failures}
+      tried = sum(clip.index in failed for clip in self.todo)
+      left = len(self.todo) - self.made - tried
       raise errors.PreemptedError(
         f"{self.out}: stopped with {left} of {len(self.todo)} clips left; run "
         "the same command to go on."
