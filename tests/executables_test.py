@@ -59,7 +59,7 @@ def test_saved_programs_are_not_compiled_again(checkpoint, saved, want):
 
 
 def test_what_a_plan_needs_is_compiled_while_weights_load(checkpoint, want):
-  check = lambda model: [model.plan(base.Request(**REQUEST))]
+  check = lambda model, folder: [model.plan(base.Request(**REQUEST))]
   pipeline = vidgen.load(checkpoint, dtype="float32", check=check)
   got = pipeline.sample("a panda", **REQUEST)
   np.testing.assert_array_equal(got, want)

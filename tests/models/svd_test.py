@@ -171,7 +171,7 @@ LAYOUTS = {
   [
     "cfg x context",
     pytest.param("ring x tensor", marks=pytest.mark.slow),
-    "fsdp",
+    pytest.param("fsdp", marks=pytest.mark.slow),
   ],
 )
 def test_a_mesh_is_one_device(params, layout):

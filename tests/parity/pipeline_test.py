@@ -98,9 +98,9 @@ def use_scheduler(theirs, variant, name):
 TEXT_TO_VIDEO = [
   ("2b", "DDIM", False, (64, 96)),
   ("2b", "DPM", True, (64, 96)),
-  ("5b", "DPM", False, (64, 96)),
+  pytest.param("5b", "DPM", False, (64, 96), marks=pytest.mark.slow),
   ("5b", "DDIM", True, (96, 64)),
-  ("1.5-5b", "DPM", True, (64, 64)),
+  pytest.param("1.5-5b", "DPM", True, (64, 64), marks=pytest.mark.slow),
   ("1.5-5b", "DDIM", False, (64, 112)),
 ]
 

@@ -135,6 +135,7 @@ def test_published_width():
 
 
 # Tiles of 96x80 pixels: two rows and two columns, the second ones smaller.
+@pytest.mark.slow
 def test_tiled_encode(small, tiled):
   video = _normal(1, 17, 112, 96, 3)
   got = vae.encode(small.params, small.config, video, tiling=tiled)
