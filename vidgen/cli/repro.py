@@ -14,8 +14,10 @@ usage: vidgen repro check A B [flags]
 
 check tells field by field what differs: what decides numbers, what should not,
 and outputs. Exit code 0 says that they are identical (the hashes of all frames,
-or of the final state), or equal to rounding; 1 that they differ. The last line
-says why: the first recorded thing that they do not share.
+or of the final state), or equal to rounding; 1 that they differ, or that files
+are gone or not as they were written. The last line says why: the first recorded
+thing that they do not share. mp4 and gif show rounding worse than it is: keep
+png or npz beside them for --tolerance.
 
 rerun runs the recorded command again, with the recorded text of its config, in
 the recorded directory; a line tells of each thing that has changed since. Then
