@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -150,6 +151,9 @@ class Ledger:
       StorageError: It cannot be written.
     """
     self.path = folder / file_name(shard, shards)
+    # Failures are told by one thread, what was written by another: a line that
+    # is taken back must not take the other's along.
+    self._lock = threading.Lock()
     try:
       # A job that ends removes an empty file: another may have opened it.
       while not self._open():
@@ -222,6 +226,10 @@ class Ledger:
     text = json.dumps(record, ensure_ascii=False) + "\n"
     # A name of a file that is no Unicode, as JSON escapes it.
     line = text.encode("utf-8", "backslashreplace")
+    with self._lock:
+      self._append(line)
+
+  def _append(self, line: bytes) -> None:
     end = self._file.seek(0, os.SEEK_END)
     try:
       try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vidgen import checkpoint, errors, tensorfile, tensorheader
+from vidgen import checkpoint, errors, manifest, tensorfile, tensorheader
 from vidgen.models import base
 
 # What is read of each tensor, from its middle. Weights that were trained on
@@ -37,7 +37,7 @@ def of(folder: pathlib.Path, components: Iterable[base.Component]) -> str:
   for component in components:
     home = folder / component.name
     if (home / checkpoint.ORBAX).is_dir():
-      files = tensorheader.read_json(folder / "MANIFEST.json")["files"]
+      files = tensorheader.read_json(folder / manifest.NAME)["files"]
       start = f"{component.name}/{checkpoint.ORBAX}/"
       held = {n: f for n, f in files.items() if n.startswith(start)}
       _add(digest, held)

@@ -85,17 +85,9 @@ def check_clip(
   arguments.check_text(model.takes_text, clip.prompt)
   if clip.video is not None:
     return None  # Its length is not known until all of it is read.
-  names = [
-    "num_frames",
-    "height",
-    "width",
-    "num_steps",
-    "guidance_scale",
-    "sampler",
-  ]
   planned = model.plan(
     base.Request(
-      **{name: getattr(clip, name) for name in names},
+      **{name: getattr(clip, name) for name in clips.SHARED},
       image=clip.image is not None,
       tiling=config.tiling,
       options=options_of(model, config),
