@@ -53,8 +53,9 @@ class _Linear:
   def drop_past(self, tree):
     return tree
 
-  def normalise(self, params, mean, std):
-    return {"in": params["in"] / std, "out": std[:, None] * params["out"]}
+  def normalise(self, params, mean, basis):
+    change = jnp.linalg.inv(basis)
+    return {"in": params["in"] @ change, "out": basis @ params["out"]}
 
 
 _IDENTITY = {"vae": {"in": jnp.eye(3), "out": jnp.eye(3)}}

@@ -173,8 +173,29 @@ def frames_of(data):
   return torch.from_numpy(video).permute(0, 4, 1, 2, 3) / 127.5 - 1
 
 
+@pytest.mark.parametrize("whiten", [0.0, 0.5, 1.0])
+def test_a_normal_basis(whiten):
+  rng = np.random.default_rng(0)
+  mix = rng.normal(size=(3, 3)) * [1, 0.1, 0.01]
+  latents = (rng.normal(size=(500, 3)) @ mix.T + 2).astype(np.float32)
+  mean, basis = autoencoding.normal_basis(latents, whiten)
+  normal = (latents - mean) @ np.linalg.inv(basis)
+  np.testing.assert_allclose(normal.mean(0), 0, atol=1e-2)
+  covariance = np.cov(normal.T)
+  np.testing.assert_allclose(np.diag(covariance), 1, rtol=1e-2)
+  spread = np.linalg.cond(covariance)
+  if whiten == 0:
+    np.testing.assert_allclose(basis, np.diag(latents.std(0)), 1e-2, 1e-6)
+  if whiten == 1:
+    np.testing.assert_allclose(covariance, np.eye(3), atol=2e-2)
+  # Half the way takes the square root of the spread, but for the scaling.
+  before = np.linalg.cond(np.corrcoef(latents.T))
+  assert spread < 2 * before ** (1 - whiten)
+
+
 @pytest.mark.slow
-def test_the_decoder_undoes_what_normalising_does():
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_decoder_undoes_what_normalising_does(turned):
   model = cogvideox.create_autoencoder(small(), jnp.float32)
   params = nn.unbox(model.init(jax.random.key(0)))
   rng = np.random.default_rng(0)
@@ -183,13 +204,25 @@ def test_the_decoder_undoes_what_normalising_does():
   none = np.zeros(4, np.float32)
   before = model.encode(params, video)
   want = model.decode(params, before.mean)
-  normal = model.normalise(params, none, std)
+  basis = np.diag(std)
+  if turned:
+    basis = basis @ np.linalg.qr(rng.normal(size=(4, 4)))[0].astype(np.float32)
+  change = np.linalg.inv(basis)
+  normal = model.normalise(params, none, basis)
   after = model.encode(normal, video)
-  np.testing.assert_allclose(after.mean, before.mean / std, atol=1e-5)
-  logvar = before.logvar - 2 * np.log(std)
-  np.testing.assert_allclose(after.logvar, logvar, atol=1e-4)
+  np.testing.assert_allclose(after.mean, before.mean @ change, atol=1e-5)
+  if not turned:
+    logvar = before.logvar - 2 * np.log(std)
+    np.testing.assert_allclose(after.logvar, logvar, atol=1e-4)
   got = model.decode(normal, after.mean)
   np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_whitening_is_of_normalised_latents(data_dir):
+  config = config_of(data_dir)
+  config.task.whiten = 0.5
+  with pytest.raises(errors.InputError, match="with normalise"):
+    config.task.build(sharding.make_mesh(None))
 
 
 def test_only_a_checkpoint_is_normalised(data_dir):

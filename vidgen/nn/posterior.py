@@ -7,6 +7,7 @@ DiagonalGaussianDistribution.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -35,3 +36,19 @@ def kl(posterior: Posterior) -> Float[Array, " b"]:
   mean, logvar = posterior
   terms = jnp.square(mean) + jnp.exp(logvar) - 1 - logvar
   return terms.sum(axis=(1, 2, 3, 4)) / 2
+
+
+def affine(
+  mean: Float[np.ndarray, " c"], basis: Float[np.ndarray, "c c"]
+) -> tuple[Float[np.ndarray, "m m"], Float[np.ndarray, " m"]]:
+  """Returns `scale` and `shift` of moments for latents in another basis.
+
+  `moments @ scale + shift` are those of `(latents - mean) @ inv(basis)`. A
+  variance there is a sum of variances here, whose logarithms are averaged by
+  their shares: exact where a basis scales alone, or where variances are equal.
+  """
+  change = np.linalg.inv(basis)
+  sums = np.square(change).sum(axis=0)
+  zeros = np.zeros_like(change)
+  scale = np.block([[change, zeros], [zeros, np.square(change) / sums]])
+  return scale, np.concatenate([-mean @ change, np.log(sums)])

@@ -118,8 +118,8 @@ class Autoencoder(Protocol):
   def drop_past(self, tree: PyTree) -> PyTree:
     """Returns a tree like the parameters with zeros for past frames."""
 
-  def normalise(self, params: PyTree, mean: Any, std: Any) -> PyTree:
-    """Returns parameters whose latents are `(latents - mean) / std`."""
+  def normalise(self, params: PyTree, mean: Any, basis: Any) -> PyTree:
+    """Returns parameters for latents that were `latents @ basis + mean`."""
 
 
 def noise(

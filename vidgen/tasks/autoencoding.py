@@ -34,6 +34,10 @@ class AutoencoderTaskConfig:
       channel of the latents; the checkpoint is then changed so that they are 0
       and 1, and what that does to the border of frames is for the decoder to
       learn. One scaling factor cannot do it. None leaves it as it is.
+    whiten: With `normalise`, how far channels are decorrelated first, from 0,
+      not at all, to 1, wholly: eigenvalues of their covariance are taken to the
+      power of 1 - whiten. Latents of small variance that the decoder reads as
+      well as large ones are lost in a denoiser's error.
     loss: What the loss consists of.
     dtype: What the networks compute in; weights in training are float32.
     remat: Whether the backward pass computes each residual block again: it
@@ -47,6 +51,7 @@ class AutoencoderTaskConfig:
   checkpoint: str | None = None
   init_past_taps: str = "random"
   normalise: loader.DataConfig | None = None
+  whiten: float = 0.0
   loss: autoencoder.AutoencoderLossConfig = dataclasses.field(
     default_factory=autoencoder.AutoencoderLossConfig
   )
@@ -65,6 +70,10 @@ class AutoencoderTaskConfig:
     if self.checkpoint is None and self.normalise is not None:
       raise errors.InputError(
         "config: normalise is for a checkpoint; random weights need none."
+      )
+    if not 0 <= self.whiten <= 1 or (self.whiten and self.normalise is None):
+      raise errors.InputError(
+        f"config: whiten is {self.whiten}; it goes from 0 to 1, with normalise."
       )
     autoencoder.check(self.loss)
     return AutoencoderRun(self, mesh)
@@ -122,15 +131,13 @@ class AutoencoderRun(autoencoder.AutoencoderTask):
       folder, self._component, shardings=places[VAE], dtype=jnp.float32
     )
     if self._run.normalise is not None:
-      mean, std = self._statistics(params)
-      normal = self.model.normalise(params, mean, std)
+      mean, basis = normal_basis(self._latents(params), self._run.whiten)
+      normal = self.model.normalise(params, mean, basis)
       params = jax.device_put(normal, places[VAE])
     return {VAE: params}
 
-  def _statistics(
-    self, params: PyTree
-  ) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
-    """The mean and the deviation of each channel of the latents."""
+  def _latents(self, params: PyTree) -> Float[np.ndarray, "n c"]:
+    """The latents of the clips that tell their statistics."""
     data = self._run.normalise
     size = min(bucket.batch_size for bucket in loader.sized(data))
     encode = jax.jit(
@@ -143,8 +150,7 @@ class AutoencoderRun(autoencoder.AutoencoderTask):
           data, seed=0, start=0, stop=-(-_STATISTICS // size)
         )
       ]
-    flat = np.concatenate([x.reshape(-1, x.shape[-1]) for x in latents])
-    return flat.mean(axis=0), flat.std(axis=0)
+    return np.concatenate([x.reshape(-1, x.shape[-1]) for x in latents])
 
   def flops(self, bucket: buckets.Bucket) -> float | None:
     """Returns nothing: convolutions are not counted."""
@@ -186,3 +192,21 @@ class AutoencoderRun(autoencoder.AutoencoderTask):
     publish.publish_component(
       folder, self._component, self._configs, params[VAE]
     )
+
+
+def normal_basis(
+  latents: Float[np.ndarray, "n c"], whiten: float = 0.0
+) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, "c c"]]:
+  """Returns `mean` and `basis`: `(latents - mean) @ inv(basis)` is normal.
+
+  Each of its channels has mean 0 and deviation 1. Of the changes that take the
+  eigenvalues of the covariance to the power of 1 - whiten, it is the symmetric
+  one, which keeps channels nearest to what they were (Kessy et al., 2018).
+  """
+  mean = latents.mean(axis=0)
+  covariance = np.cov(latents, rowvar=False, dtype=np.float64)
+  values, vectors = np.linalg.eigh(covariance)
+  values = np.maximum(values, 1e-8 * values.max())
+  change = vectors * values ** (-whiten / 2) @ vectors.T
+  change /= np.sqrt(np.diag(change.T @ covariance @ change))
+  return mean, np.linalg.inv(change).astype(latents.dtype)

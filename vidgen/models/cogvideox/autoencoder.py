@@ -73,26 +73,25 @@ class Autoencoder:
     self,
     params: PyTree,
     mean: Float[np.ndarray, " c"],
-    std: Float[np.ndarray, " c"],
+    basis: Float[np.ndarray, "c c"],
   ) -> PyTree:
-    """Returns parameters whose latents are `(latents - mean) / std`.
+    """Returns parameters whose latents times `basis`, plus `mean`, were theirs.
 
-    The encoder's are exactly that. The decoder undoes it, but for the border of
-    its first convolution, which is padded with zeros that mean the mean now.
+    The encoder's are exactly that; for the variances see `posterior.affine`.
+    The decoder undoes it, but for the border of its first convolution, which is
+    padded with zeros that mean the mean now.
 
     Args:
       params: The parameters, unboxed.
       mean: Of each channel of the latents.
-      std: Its deviation.
+      basis: What each of the new channels was in the old ones.
     """
     params = jax.tree.map(np.asarray, params)
     flat = traverse_util.flatten_dict(params)
     out = ("encoder", "conv_out")
-    # The channels are the posterior's means, then its log variances.
-    scale = np.concatenate([1 / std, np.ones_like(std)])
-    shift = np.concatenate([-mean / std, -2 * np.log(std)])
-    flat[*out, "kernel"] = flat[*out, "kernel"] * scale
-    flat[*out, "bias"] = flat[*out, "bias"] * scale + shift
+    scale, shift = posterior.affine(mean, basis)
+    flat[*out, "kernel"] = flat[*out, "kernel"] @ scale
+    flat[*out, "bias"] = flat[*out, "bias"] @ scale + shift
     # What reads latents: the decoder's first layer, and its norms.
     readers = ("conv_in", "scale", "shift")
     for path in {p[:-1] for p in flat if p[0] == "decoder"}:
@@ -101,7 +100,7 @@ class Autoencoder:
       kernel = flat[*path, "kernel"]
       taps = kernel.sum(axis=(0, 1, 2))
       flat[*path, "bias"] = flat[*path, "bias"] + mean @ taps
-      flat[*path, "kernel"] = kernel * std[:, None]
+      flat[*path, "kernel"] = basis @ kernel
     return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat))
 
 

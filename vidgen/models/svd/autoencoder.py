@@ -81,28 +81,27 @@ class Autoencoder:
     self,
     params: PyTree,
     mean: Float[np.ndarray, " c"],
-    std: Float[np.ndarray, " c"],
+    basis: Float[np.ndarray, "c c"],
   ) -> PyTree:
-    """Returns parameters whose latents are `(latents - mean) / std`.
+    """Returns parameters whose latents times `basis`, plus `mean`, were theirs.
 
-    The encoder's are exactly that. The decoder undoes it, but, where its first
-    convolution has a border of zeros, they mean the mean now.
+    The encoder's are exactly that; for the variances see `posterior.affine`.
+    The decoder undoes it, but, where its first convolution has a border of
+    zeros, they mean the mean now.
 
     Args:
       params: The parameters, unboxed.
       mean: Of each channel of the latents.
-      std: Its deviation.
+      basis: What each of the new channels was in the old ones.
     """
     params = jax.tree.map(np.asarray, params)
     flat = traverse_util.flatten_dict(params)
-    # The channels are the posterior's means, then its log variances.
-    scale = np.concatenate([1 / std, np.ones_like(std)])
-    shift = np.concatenate([-mean / std, -2 * np.log(std)])
     out = ("encoder", "quant")
-    flat[*out, "kernel"] = flat[*out, "kernel"] * scale
-    flat[*out, "bias"] = flat[*out, "bias"] * scale + shift
+    scale, shift = posterior.affine(mean, basis)
+    flat[*out, "kernel"] = flat[*out, "kernel"] @ scale
+    flat[*out, "bias"] = flat[*out, "bias"] @ scale + shift
     first = ("decoder", "conv_in" if self.config.temporal else "post_quant")
     kernel = flat[*first, "kernel"]
     flat[*first, "bias"] = flat[*first, "bias"] + mean @ kernel.sum(axis=(0, 1))
-    flat[*first, "kernel"] = kernel * std[:, None]
+    flat[*first, "kernel"] = basis @ kernel
     return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat))
