@@ -14,7 +14,7 @@ from flax import linen as nn
 from tests import tiny_training
 from vidgen import checkpoint, errors, optimizers, sharding, train
 from vidgen.data import buckets, loader
-from vidgen.models import cogvideox
+from vidgen.models import cogvideox, svd
 from vidgen.tasks import autoencoder, autoencoding
 
 
@@ -193,22 +193,36 @@ def test_a_normal_basis(whiten):
   assert spread < 2 * before ** (1 - whiten)
 
 
+def autoencoder_of(name):
+  """A small autoencoder of a family: its image decoder or its temporal one."""
+  if name == "cogvideox":
+    return cogvideox.create_autoencoder(small(), jnp.float32)
+  config = svd.config_small(2)
+  fields = {"temporal": name == "svd temporal", "block_out_channels": (32, 32)}
+  vae = dataclasses.replace(config.vae, **fields)
+  return svd.create_autoencoder(
+    dataclasses.replace(config, vae=vae), jnp.float32
+  )
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["cogvideox", "svd image", "svd temporal"])
 @pytest.mark.parametrize("turned", [False, True])
-def test_the_decoder_undoes_what_normalising_does(turned):
-  model = cogvideox.create_autoencoder(small(), jnp.float32)
+def test_the_decoder_undoes_what_normalising_does(name, turned):
+  model = autoencoder_of(name)
   params = nn.unbox(model.init(jax.random.key(0)))
   rng = np.random.default_rng(0)
   video = jnp.asarray(rng.uniform(-1, 1, (1, 9, 32, 32, 3)), jnp.float32)
-  std = rng.uniform(0.5, 2, 4).astype(np.float32)
-  none = np.zeros(4, np.float32)
   before = model.encode(params, video)
   want = model.decode(params, before.mean)
+  channels = before.mean.shape[-1]
+  std = rng.uniform(0.5, 2, channels).astype(np.float32)
   basis = np.diag(std)
   if turned:
-    basis = basis @ np.linalg.qr(rng.normal(size=(4, 4)))[0].astype(np.float32)
+    turn = np.linalg.qr(rng.normal(size=(channels, channels)))[0]
+    basis = basis @ turn.astype(np.float32)
   change = np.linalg.inv(basis)
-  normal = model.normalise(params, none, basis)
+  normal = model.normalise(params, np.zeros(channels, np.float32), basis)
   after = model.encode(normal, video)
   np.testing.assert_allclose(after.mean, before.mean @ change, atol=1e-5)
   if not turned:
