@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_training, toy_sampling, toy_training
-from vidgen import errors, repro, train, video
+from vidgen import errors, repro, rerun, train, video
 from vidgen.cli import main
 
 run = toy_sampling.run
@@ -235,6 +235,38 @@ def test_shards_are_one_job(tmp_path):
     made = toy_sampling.frames(index)
     toy_sampling.line(parts, index, made, name=name)
   assert repro.check(whole, parts).verdict == "identical"
+
+
+def test_files_that_lines_name_are_inputs(tmp_path):
+  (tmp_path / "in").mkdir()
+  for name in ("0.png", "1.png"):
+    (tmp_path / "in" / name).write_bytes(name.encode())
+  given = {"0.png": None, "1.png": None}
+  tell = lambda names: (
+    lambda record: record.files(
+      tmp_path / "in", {name: given[name] for name in names}, "lines"
+    )
+  )
+  one = run(tmp_path / "a", count=2, tell=tell(given))
+  parts = tmp_path / "parts"
+  for shard in range(2):
+    made = run(tmp_path / str(shard), count=2, tell=tell([f"{shard}.png"]))
+    parts.mkdir(exist_ok=True)
+    (made / "manifest.json").rename(
+      parts / f"manifest-{shard:05d}-of-00002.json"
+    )
+  for file in made.iterdir():
+    file.rename(parts / file.name)
+  assert causes(repro.check(one, parts)) == []
+  (tmp_path / "in" / "1.png").write_bytes(b"another")
+  other = run(tmp_path / "b", count=2, change=brighter(3), tell=tell(given))
+  assert "; inputs: lines/1.png: " in repro.check(one, other).why
+  held = json.loads((one / "manifest.json").read_text())
+  (tmp_path / "in" / "0.png").unlink()
+  (tmp_path / "in" / "more.png").write_bytes(b"of another job")
+  found = {d.name: d.second for d in rerun.changes(held) if d.kind == "inputs"}
+  assert found.keys() == {"lines/0.png", "lines/1.png"}
+  assert found["lines/0.png"] == "-" != found["lines/1.png"]
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,27 @@ class Record:
     """Hashes a file that is read besides, or a folder: prompts, videos."""
     self._hash("inputs", name, path)
 
+  def files(
+    self,
+    folder: str | os.PathLike,
+    hashes: Mapping[str, str | None],
+    name: str,
+  ) -> None:
+    """Hashes some files that are read besides; no others in their folder count.
+
+    Args:
+      folder: Of which they are named.
+      hashes: The SHA-256 of each by its name; None has it found out.
+      name: What they are, "reference".
+    """
+    place = os.path.realpath(folder)
+    item = {"path": place, "sha256": None, "listed": True}
+    self._values["inputs"][name] = item
+    known = dict(hashes)
+    left = [file for file, mark in known.items() if mark is None]
+    give = lambda: known | self._hashes.files(place, left)
+    self._submit("inputs", name, give)
+
   def data(self, name: str, value: str | Callable[[], Any]) -> None:
     """Says what tells the content of a data set, its fingerprint for one.
 

@@ -1,5 +1,6 @@
 """Runs again what a manifest tells of."""
 
+import contextlib
 import copy
 import os
 import pathlib
@@ -169,20 +170,24 @@ def changes(
     for item in now[kind].values():
       # What was not known then cannot have changed.
       if item["sha256"] is not None:
-        item["sha256"] = _hashed(hashes, item["path"], kind == "inputs")
+        item["sha256"] = _hashed(hashes, item, kind == "inputs")
   hashes.remember()
   found = repro.differences(manifest, now)
   return [difference for difference in found if difference.kind != repro.OTHER]
 
 
 def _hashed(
-  hashes: filehashes.Hashes, path: str, every: bool
+  hashes: filehashes.Hashes, item: Mapping[str, Any], every: bool
 ) -> dict[str, str] | None:
   """Returns the hashes of what is there; None where there is nothing."""
-  try:
-    return hashes.path(path, every)
-  except (errors.StorageError, OSError):
-    return None
+  found = {}
+  if not item.get("listed"):
+    with contextlib.suppress(errors.StorageError, OSError):
+      found = hashes.path(item["path"], every)
+  for name in item["sha256"] if item.get("listed") else ():
+    with contextlib.suppress(errors.StorageError, OSError):
+      found |= hashes.files(item["path"], [name])
+  return found or None
 
 
 def _print(text: str) -> None:
