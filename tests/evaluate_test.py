@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 
 from tests.metrics import sets_test
-from vidgen import errors, evaluate, video
+from vidgen import errors, evaluate, filehashes, rerun, video
 from vidgen.cli import main
 from vidgen.metrics import (
   clip_score,
@@ -362,6 +362,36 @@ def test_an_evaluation_has_a_manifest(folders, tmp_path, capsys):
   # Other draws of the intervals are other numbers.
   assert main.main(["evaluate", *sides, "--seed=1", f"--json={file}"]) == 0
   assert main.main(["repro", "check", *both]) == 1
+
+
+def test_inputs_are_what_was_read_and_nothing_is_read_twice(
+  tmp_path, monkeypatch
+):
+  clips = [(str(seed), sets_test.frames(seed)) for seed in range(3)]
+  a = sets_test.job(tmp_path / "a", clips, ("png",))
+  video.write_mp4(tmp_path / "b.mp4", clips[0][1], 8)
+  asked = []
+  monkeypatch.setattr(
+    filehashes.Hashes, "file", lambda self, path: asked.append(path) or "ff"
+  )
+  options = evaluate.Options(str(a), metrics=("flicker",), n=2)
+  evaluate.record(options, tmp_path / "n.json")
+  options = evaluate.Options(str(tmp_path / "b.mp4"), metrics=("flicker",))
+  evaluate.record(options, tmp_path / "one.json")
+  monkeypatch.undo()
+  assert asked == []
+  read = lambda name: json.loads((tmp_path / name).read_text())
+  held, alone = read("n.manifest.json"), read("one.manifest.json")
+  marks = held["inputs"]["generated"]["sha256"]
+  names = [f"{i:06d}_0123456789ab" for i in range(2)]
+  assert list(marks) == names
+  assert list(alone["inputs"]["generated"]["sha256"]) == ["b.mp4"]
+  # As who makes it again finds them.
+  assert [d for d in rerun.changes(held) if d.kind == "inputs"] == []
+  assert [d for d in rerun.changes(alone) if d.kind == "inputs"] == []
+  (a / names[1] / "000002.png").unlink()
+  (change,) = (d for d in rerun.changes(held) if d.kind == "inputs")
+  assert change.name == f"generated/{names[1]}"
 
 
 def test_pairs_that_are_none_are_said(tmp_path):

@@ -374,13 +374,13 @@ def record(
     path.parent, "evaluate", options, origin=origin, idle=_IDLE, name=name
   ) as record:
     record.seeds(seed=options.seed)
-    for side in ("generated", "reference"):
-      if (given := getattr(options, side)) is not None:
-        record.inputs(given, side)
     for part in ("clip", "inception"):
       if (given := getattr(options, part)) is not None:
         record.weights(given, part)
     found = run(options, told)
+    for side in ("generated", "reference"):
+      if (source := getattr(found, side)) is not None:
+        record.files(*source.files(), side)
     write_json(path, found)
     record.outputs(lambda: outputs.of_metrics(json.loads(found.to_json())))
   return found

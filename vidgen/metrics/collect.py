@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,17 @@ class Source:
     found = sets.read_video(item, limit)
     self.read[item.name] = found.sha256
     return found.frames
+
+  def files(self) -> tuple[pathlib.Path, dict[str, str]]:
+    """Returns a folder, and of each file in it that was read the SHA-256."""
+    home = pathlib.Path(self.path)
+    if any(item.path == home for item in self.items):
+      home = home.parent
+    return home, {
+      item.path.relative_to(home).as_posix(): self.read[item.name]
+      for item in self.items
+      if item.name in self.read
+    }
 
   def digest(self) -> str:
     """Returns the SHA-256 of the names and hashes of what was read."""
