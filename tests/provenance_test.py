@@ -38,9 +38,10 @@ def test_a_run_that_is_done(tmp_path):
   (tmp_path / "images").mkdir()
   (tmp_path / "images" / "a.png").write_bytes(b"x")
   with provenance.recording(
-    tmp_path, "sample", config, origin=origin
+    tmp_path, "sample", config, origin=origin, planned=4
   ) as record:
     told = read(tmp_path)
+    assert told["planned"] == 4
     assert told["exit"] == {"reason": "running", "code": None}
     assert told["end"] is told["outputs"] is None
     record.mesh(sharding.make_mesh({"data": 2, "context": 2}))

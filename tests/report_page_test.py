@@ -237,6 +237,24 @@ def test_filters(show, tmp_path):
   assert "Nothing matches" in page.inner_text("#clips")
 
 
+def test_a_job_that_was_stopped(show, tmp_path):
+  report_runs.job(tmp_path / "job", ["a", "b"])
+  attempts = [{"seconds": s} for s in (3600, None, 61)]
+  held = {"planned": 1234, "seconds": 61, "attempts": attempts}
+  (tmp_path / "job" / "manifest.json").write_text(json.dumps(held))
+  page = show(report.write(tmp_path / "job"))
+  table = page.locator("main table").first
+  cells = zip(
+    table.locator("thead th").all_inner_texts(),
+    table.locator("tbody").locator("th, td").all_inner_texts(),
+    strict=True,
+  )
+  told = {name.lower(): text for name, text in cells}
+  assert (told["done"], told["left"]) == ("2", "1,232")
+  want = "1 h 1 min in 3 attempts, 1 of unknown length left out"
+  assert told["took"] == want
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_two_runs(show, tmp_path, scheme):
   first, second = tmp_path / "first", tmp_path / "second"

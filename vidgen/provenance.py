@@ -246,6 +246,7 @@ def recording(
   origin: Origin | None = None,
   idle: Sequence[str] = (),
   name: str = NAME,
+  planned: int | None = None,
 ) -> Iterator[Record]:
   """Records a run in a manifest, as long as it is entered.
 
@@ -258,6 +259,7 @@ def recording(
       "stages.*.data.threads", besides `fingerprint.PLACES`.
     name: Of the file; jobs that share a folder have one each,
       "manifest-00001-of-00004.json".
+    planned: How many clips the job is to make, its other shards' too.
 
   Raises:
     StorageError: It could not be written. Where the run itself fails, that
@@ -270,6 +272,7 @@ def recording(
     return
   origin = Origin() if origin is None else origin
   values = _begin(command, config, origin, tuple(idle), path.parent)
+  values["planned"] = planned
   record = Record(path, values, _earlier(path), origin.memory)
   record.write()
   try:

@@ -147,6 +147,8 @@ def _run(run: runfiles.Run, label: str, home: pathlib.Path) -> dict[str, Any]:
     "folder": os.fspath(run.folder),
     "href": _address(run.folder, home) + "/",
     "facts": list(run.facts.items()),
+    "left": run.left,
+    "took": run.took,
     "curves": {
       name: [[_short(x) for x in axis] for axis in points.tolist()]
       for name, points in run.curves.items()
