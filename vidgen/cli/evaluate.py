@@ -14,8 +14,8 @@ usage: vidgen evaluate --generated=DIR|FILE [--reference=DIR|FILE] [flags]
   --n=N               the first N clips, by index or name; fewer are an error
   --json=FILE         writes everything found, each clip's numbers too, and
                       beside it FILE's manifest; a folder gets evaluate.json
-  --seed=S            of the 95 % intervals, which are bootstrapped; 0
-  --resamples=N       for the intervals; 1000, and for fvd at most 100, fid 20
+  --seed=S            of the draws for the 95 % intervals; 0
+  --resamples=N       how many: 1000, and for fvd at most 100, fid 20
   --lpips_net=NAME    alexnet by default, or vgg16
   --frames=N          for fvd, kvd, fid: the first N frames of each clip; 16
   --batch_size=N      clips that their networks take at once; 4

@@ -195,7 +195,7 @@ def _estimate(
   flat = lambda features: features.reshape(-1, features.shape[-1])
   distance = lambda a, b: distributions.frechet(flat(a), flat(b))
   draws = min(draws, _FID_RESAMPLES)
-  return intervals.over(distance, x, y, draws, seed, least=0.0)
+  return intervals.halved(distance, x, y, draws, seed, least=0.0)
 
 
 def _warn(name: str, x: np.ndarray) -> None:
