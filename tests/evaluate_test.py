@@ -364,6 +364,16 @@ def test_an_evaluation_has_a_manifest(folders, tmp_path, capsys):
   assert main.main(["repro", "check", *both]) == 1
 
 
+def test_what_is_no_number_is_told(folders, tmp_path, monkeypatch):
+  a, _ = folders
+  monkeypatch.setattr(temporal, "flicker", lambda frames: float("nan"))
+  options = evaluate.Options(str(a), metrics=("flicker",))
+  found = evaluate.record(options, tmp_path / "n.json")
+  assert json.loads(found.to_json())["metrics"]["flicker"]["value"] == "nan"
+  held = json.loads((tmp_path / "n.manifest.json").read_text())
+  assert held["outputs"]["metrics"]["metrics.flicker.value"] == "nan"
+
+
 def test_inputs_are_what_was_read_and_nothing_is_read_twice(
   tmp_path, monkeypatch
 ):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_training, toy_sampling, toy_training
-from vidgen import errors, repro, rerun, train, video
+from vidgen import errors, outputs, repro, rerun, train, video
 from vidgen.cli import main
 
 run = toy_sampling.run
@@ -168,6 +168,22 @@ def test_npz_files_are_compared_where_there_are_no_frames(tmp_path):
       clip["frames_sha256"] = None
     edit(folder, outputs=held["outputs"])
   assert repro.check(one, other).verdict == "identical"
+
+
+def test_a_metric_that_is_no_number_is_a_difference(tmp_path, capsys):
+  for name, loss in (("a", float("nan")), ("b", 1.0), ("c", float("nan"))):
+    record = outputs.of_metrics({"loss": loss, "step": 3})
+    run(tmp_path / name, count=0)
+    edit(tmp_path / name, outputs=record)
+  a, b, c = (str(tmp_path / name) for name in "abc")
+  for tolerance in (None, 1.0, float("inf")):
+    report = repro.check(a, b, tolerance)
+    assert report.verdict == "different"
+    assert "loss: nan in A, 1 in B (inf)" in str(report)
+  file = tmp_path / "found.json"
+  assert main.main(["repro", "check", a, b, f"--json={file}"]) == 1
+  assert json.loads(file.read_text())["outputs"]["max_abs"] == "inf"
+  assert repro.check(a, c).verdict == "identical"
 
 
 def test_what_is_no_number_is_no_rounding(tmp_path):

@@ -84,6 +84,15 @@ def test_evaluations(tmp_path):
   assert table.count("\n| psnr") == 1
 
 
+def test_what_is_no_number_is_shown(tmp_path):
+  for i, (loss, far) in enumerate([("nan", "inf"), (1.0, 2.0)]):
+    text = json.dumps({"metrics": {"loss": loss, "far": {"value": far}}})
+    (tmp_path / f"{i}.json").write_text(text)
+  table = seedtable.make([str(tmp_path / f"{i}.json") for i in range(2)])
+  assert "| loss | nan | nan to nan | nan | nan |" in table
+  assert "| far | inf | nan to nan | 2 | inf |" in table
+
+
 def test_runs_without_metrics(tmp_path, seeds):
   clips = toy_sampling.run(tmp_path / "a", count=1)
   with pytest.raises(errors.InputError, match="has no metrics"):

@@ -380,5 +380,6 @@ def write_json(path: str | pathlib.Path, report: Report) -> None:
     StorageError: It could not be written.
   """
   with video.atomic(path) as temporary:
-    text = json.dumps(report.as_dict(), indent=1) + "\n"
+    plain = fingerprint.plain(report.as_dict())
+    text = json.dumps(plain, indent=1, allow_nan=False) + "\n"
     temporary.write_text(text, encoding="utf-8")

@@ -61,9 +61,11 @@ def rows(metrics: Sequence[dict[str, Any]]) -> list[Row]:
     raise errors.InputError("the runs have no metric in common.")
   found = []
   for name in shared:
-    values = np.array([one[name] for one in metrics], np.float64)
+    values = np.array([float(one[name]) for one in metrics])
     ends = float(values.min()), float(values.max())
-    found.append(Row(name, float(values.mean()), *interval(values), *ends))
+    # Of infinities that is NaN, of which numpy would warn.
+    with np.errstate(invalid="ignore"):
+      found.append(Row(name, float(values.mean()), *interval(values), *ends))
   return found
 
 

@@ -9,6 +9,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from vidgen import fingerprint
 from vidgen.metrics import collect, intervals
 
 _NAMED = 10
@@ -53,7 +54,7 @@ class Report:
   settings: dict[str, Any]
 
   def to_json(self) -> str:
-    """Returns the report as JSON; it holds no infinity and no NaN."""
+    """Returns the report as JSON; what is not finite is text, "nan"."""
     metrics = {
       key: {
         "name": r.name,
@@ -74,7 +75,8 @@ class Report:
       "settings": self.settings,
       "versions": self.versions,
     }
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    plain = fingerprint.plain(content)
+    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
 
   def __str__(self) -> str:
     """Returns the table, and below it what was left out."""
