@@ -6,7 +6,7 @@ usage: vidgen repro check A B [flags]
 
   A, B, RUN           folders that vidgen sample, train or evaluate has written,
                       or the manifest.json in one; report takes the JSON files
-                      of vidgen evaluate, too
+                      of vidgen evaluate, too, and finds evaluate.json in a RUN
   --out=DIR           a new folder for the run made again; the table's file
   --tolerance=X       calls runs equal to rounding that differ by X at most: in
                       a pixel, of 0 to 255, or in a metric, relative to it
