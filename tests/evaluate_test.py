@@ -374,6 +374,35 @@ def test_what_is_no_number_is_told(folders, tmp_path, monkeypatch):
   assert held["outputs"]["metrics"]["metrics.flicker.value"] == "nan"
 
 
+def test_the_exit_code_says_that_clips_were_left_out(tmp_path, capsys):
+  made = [(str(seed), sets_test.frames(seed)) for seed in range(3)]
+  folder = sets_test.job(tmp_path / "job", [*made, ("two", None)])
+  argv = ["evaluate", f"--generated={folder}", "--metrics=flicker"]
+  path = tmp_path / "n.json"
+  assert main.main([*argv, f"--json={path}"]) == 2
+  out, err = capsys.readouterr()
+  assert "skipped: 1" in out and "failed: no such image" in out
+  assert "several jobs" not in err
+  assert json.loads(path.read_text())["metrics"]["flicker"]["skipped"] == 1
+  held = json.loads((tmp_path / "n.manifest.json").read_text())
+  assert held["exit"] == {"reason": "1 clips left out", "code": 2}
+  # Who asks for three has got them.
+  assert main.main([*argv, "--n=3"]) == 0
+
+
+def test_a_folder_of_several_jobs_is_said(tmp_path):
+  made = [(str(seed), sets_test.frames(seed)) for seed in range(3)]
+  folder = sets_test.job(tmp_path / "job", made)
+  lines = (folder / "clips.jsonl").read_text().splitlines()
+  record = json.loads(lines[0]) | {"name": "000000_ba9876543210"}
+  text = "\n".join([*lines, json.dumps(record)])
+  (folder / "clips.jsonl").write_text(f"{text}\n")
+  options = evaluate.Options(str(folder), metrics=("flicker",))
+  with pytest.warns(UserWarning, match="several jobs, .*: 1 of 4 have"):
+    found = evaluate.run(options)
+  assert found.metrics["flicker"].n == 4
+
+
 def test_inputs_are_what_was_read_and_nothing_is_read_twice(
   tmp_path, monkeypatch
 ):

@@ -105,7 +105,8 @@ def run(
 
   Videos are read one at a time. One that cannot be read, or that a metric
   cannot be had of, is left out of that metric and named in the report. Warns
-  of what one of two sets lacks, and of an FVD of few clips.
+  of what one of two sets lacks, of a folder of several jobs, and of an FVD of
+  few clips.
 
   Raises:
     InputError: A flag or a set that cannot be used; no clip to measure, or
@@ -119,6 +120,7 @@ def run(
   reference = None
   if options.reference is not None:
     reference = collect.Source(options.reference, sets.find(options.reference))
+  _warn_of_jobs([generated] if reference is None else [reference, generated])
   found, missing = {}, {}
   if single := [name for name in names if name in SINGLE]:
     found |= _single(options, single, generated, tools, told)
@@ -154,6 +156,19 @@ def run(
     _versions(names),
     dataclasses.asdict(options),
   )
+
+
+def _warn_of_jobs(sources: list[collect.Source]) -> None:
+  """Warns of folders into which several jobs have written."""
+  for source in sources:
+    numbers = [item.index for item in source.items if item.index is not None]
+    if count := len(numbers) - len({*numbers}):
+      warnings.warn(
+        f"{source.path}: holds clips of several jobs, all of which are "
+        f"measured: {count} of {len(numbers)} have another's number; give each "
+        "job an --out of its own.",
+        stacklevel=3,
+      )
 
 
 def _warn_of_pairs(pairs: list[tuple[sets.Item, sets.Item]]) -> None:
@@ -383,6 +398,8 @@ def record(
         record.files(*source.files(), side)
     write_json(path, found)
     record.outputs(lambda: outputs.of_metrics(json.loads(found.to_json())))
+    if found.left_out:
+      record.end(f"{found.left_out} clips left out", 2)
   return found
 
 

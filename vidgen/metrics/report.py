@@ -53,6 +53,17 @@ class Report:
   versions: dict[str, str]
   settings: dict[str, Any]
 
+  @property
+  def left_out(self) -> int:
+    """Returns how many clips that were asked for a metric could not be had of.
+
+    Who asks for the first n has got them.
+    """
+    if self.settings.get("n") is not None:
+      return 0
+    skips = [skip for r in self.metrics.values() for skip in r.skipped]
+    return len({skip.clip for skip in skips})
+
   def to_json(self) -> str:
     """Returns the report as JSON; what is not finite is text, "nan"."""
     metrics = {
