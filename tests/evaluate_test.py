@@ -60,7 +60,7 @@ def test_numbers_are_the_means_of_the_clips(folders):
     assert result.estimate.low < result.estimate.value < result.estimate.high
     assert (result.n, result.skipped) == (4, [])
   name = found.metrics["psnr"].name
-  assert name == "psnr-rgb-video-max100-3f-16x24-n4-v1"
+  assert name == "psnr-rgb-video-max100-npz-3f-16x24-n4-v1"
 
 
 def test_what_cannot_be_read_is_counted_and_named(folders):
@@ -184,8 +184,10 @@ def test_fvd_is_scipys_of_the_logits(long, logits):
   want -= 2 * np.trace(scipy.linalg.sqrtm(s @ t).real)
   fvd = found.metrics["fvd"]
   np.testing.assert_allclose(fvd.estimate.value, want, rtol=1e-4)
-  assert fvd.name == "fvd-i3d400-16f-224-bilinear-n10-v1"
-  assert found.metrics["kvd"].name == "kvd-i3d400-poly3-16f-224-bilinear-n10-v1"
+  assert fvd.name == "fvd-i3d400-npz-16f-224-bilinear-n10-v1"
+  assert (
+    found.metrics["kvd"].name == "kvd-i3d400-poly3-npz-16f-224-bilinear-n10-v1"
+  )
   assert len(said) == 1 and "of 10 clips; below 2048" in said[0]
   assert found.versions["i3d weights"] == i3d.SOURCE.converted
 
@@ -251,7 +253,7 @@ def test_fid_is_of_frames_and_its_n_of_clips(long, monkeypatch):
   fid = found.metrics["fid"]
   want = distributions.frechet(*sides)
   np.testing.assert_allclose(fid.estimate.value, want, rtol=1e-4)
-  name = "fid-inception2048-01234567-3f-299-bilinear-n10-v1"
+  name = "fid-inception2048-01234567-npz-3f-299-bilinear-n10-v1"
   assert (fid.name, fid.n) == (name, 10)
   assert fid.estimate.low < fid.estimate.value < fid.estimate.high
   assert "of 30 frames; below 10000" in said[0]
@@ -272,7 +274,7 @@ def test_clip_score_is_of_prompts(tmp_path, monkeypatch):
   monkeypatch.setattr(clip_score, "load", lambda folder: Clip())
   options = evaluate.Options(str(folder), metrics=("clip_score",), clip="clip")
   found = evaluate.run(options).metrics["clip_score"]
-  assert found.name == "clip-x-3f-16x24-n2-v1"
+  assert found.name == "clip-x-mp4-3f-16x24-n2-v1"
   np.testing.assert_allclose([*found.clips.values()], [3.3, 5.3])
   assert [skip.reason for skip in found.skipped] == [
     "000002_0123456789ab: has no prompt."
@@ -439,7 +441,9 @@ def test_pairs_that_are_none_are_said(tmp_path):
   b = sets_test.job(tmp_path / "b", [("A dog.", one), ("same", two)], ("png",))
   options = evaluate.Options(str(b), str(a), metrics=("psnr",))
   with pytest.warns(UserWarning) as said:
-    evaluate.run(options)
+    found = evaluate.run(options)
+  name = found.metrics["psnr"].name
+  assert name == "psnr-rgb-video-max100-mp4+png-3f-16x24-n2-v1"
   texts = [str(item.message) for item in said]
   assert any("1 of 2 pairs are of different prompts" in t for t in texts)
   assert any("from mp4, the other from png" in t for t in texts)

@@ -263,7 +263,10 @@ def test_two_runs(show, tmp_path, scheme):
   report_runs.clip(second, 1, "b", pixels=report_runs.frames(9))
   for folder, n in ((first, 2048), (second, 1024)):
     result = {"value": 300.5, "low": 290.0, "high": 310.0, "n": n}
-    metrics = {"metrics": {"fvd": result | {"skipped": 1, "name": "fvd-v1"}}}
+    fvd = result | {"skipped": 1, "name": "fvd-v1"}
+    # Of the same n, but of other files.
+    psnr = result | {"n": 3, "name": f"psnr-{folder.name}"}
+    metrics = {"metrics": {"fvd": fvd, "psnr": psnr}}
     (folder / "evaluate.json").write_text(json.dumps(metrics))
     value = {"config": {"seed": n, "steps": 4}, "exit": {"reason": "done"}}
     (folder / "manifest.json").write_text(json.dumps(value))
@@ -278,7 +281,7 @@ def test_two_runs(show, tmp_path, scheme):
     "2048",
     "1024",
   ]
-  assert page.inner_text("#evaluation").count("not comparable") == 2
+  assert page.inner_text("#evaluation").count("not comparable") == 4
   page.check("#all-runs")
   assert page.inner_text("[role=status]") == "2 rows"
   page.click("button:text-is('Different')")

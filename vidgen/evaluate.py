@@ -185,15 +185,15 @@ def _warn_of_pairs(pairs: list[tuple[sets.Item, sets.Item]]) -> None:
       stacklevel=3,
     )
   kinds = {
-    (r.path.suffix, g.path.suffix)
+    (sets.format_of(r), sets.format_of(g))
     for r, g in pairs
     if None not in (r.path, g.path)
   }
   if uneven := sorted(pair for pair in kinds if pair[0] != pair[1]):
-    left, right = (suffix or "png" for suffix in uneven[0])
+    left, right = uneven[0]
     warnings.warn(
-      f"one side is read from {left.lstrip('.')}, the other from "
-      f"{right.lstrip('.')}: what a codec loses counts as a difference.",
+      f"one side is read from {left}, the other from {right}: what a codec "
+      "loses counts as a difference.",
       stacklevel=3,
     )
 
@@ -316,8 +316,9 @@ def _mean(
   if len(tally.shapes) == 1:
     ((frames, height, width),) = tally.shapes
     shape = f"{frames}f-{height}x{width}"
+  formats = "+".join(sorted(tally.formats))
   return report.Result(
-    f"{identity}-{shape}-n{n}-{_VERSION}",
+    f"{identity}-{formats}-{shape}-n{n}-{_VERSION}",
     intervals.mean(values, options.resamples, options.seed),
     n,
     tally.skipped,

@@ -31,11 +31,13 @@ class Tally:
     values: Of each clip, by its name.
     skipped: The clips without a value.
     shapes: (frames, height, width) of the clips that have one.
+    formats: What those were read from, "mp4"; of frames in a folder, "png".
   """
 
   values: dict[str, Any] = dataclasses.field(default_factory=dict)
   skipped: list[Skip] = dataclasses.field(default_factory=list)
   shapes: set[tuple[int, int, int]] = dataclasses.field(default_factory=set)
+  formats: set[str] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass
@@ -115,6 +117,7 @@ def each(
         continue
       tallies[name].values[item.name] = value
       tallies[name].shapes.add(videos[-1].shape[:3])
+      tallies[name].formats |= {sets.format_of(item) for _, item in row}
   return tallies
 
 
@@ -181,6 +184,7 @@ def features(
       tally.skipped.append(Skip(item.name, reason))
       continue
     tally.shapes.add(video.shape[:3])
+    tally.formats.add(sets.format_of(item))
     waiting[item.name] = np.asarray(network.resize(jnp.asarray(video)))
     if len(waiting) == batch_size:
       flush()

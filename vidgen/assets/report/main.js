@@ -133,8 +133,9 @@ function evaluationSection() {
   const rows = keys.map(([file, metric]) => {
     const results = data.runs.map((run) => run.evaluations[file]?.[metric]);
     const there = results.filter((r) => r);
-    const uneven = new Set(there.map((r) => r.n)).size > 1;
     const names = [...new Set(there.map((r) => r.name).filter((x) => x))];
+    const uneven = names.length > 1 ||
+      new Set(there.map((r) => r.n)).size > 1;
     return el("tr", {},
       el("th", {}, plain(metric),
         files > 1 ? el("span", { class: "quiet" }, ` ${plain(file)}`) : null,
