@@ -65,7 +65,7 @@ def test_a_run_that_is_done(tmp_path):
   assert list(told["inputs"]["image"]["sha256"]) == ["a.png"]
   mark = told["inputs"]["image"]["sha256"]["a.png"]
   assert told["inputs"]["lines"] == {
-    "path": os.path.realpath(tmp_path),
+    "path": os.fspath(tmp_path),
     "sha256": {"images/a.png": mark, "b.png": "ff"},
     "listed": True,
   }

@@ -136,7 +136,8 @@ class Record:
       hashes: The SHA-256 of each by its name; None has it found out.
       name: What they are, "reference".
     """
-    place = os.path.realpath(folder)
+    # Not its real path: a name may lead out of it.
+    place = os.path.abspath(folder)
     item = {"path": place, "sha256": None, "listed": True}
     self._values["inputs"][name] = item
     known = dict(hashes)
