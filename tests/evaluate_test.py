@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 
 from tests.metrics import sets_test
-from vidgen import errors, evaluate, video
+from vidgen import errors, evaluate, filehashes, rerun, video
 from vidgen.cli import main
 from vidgen.metrics import (
   clip_score,
@@ -60,7 +60,7 @@ def test_numbers_are_the_means_of_the_clips(folders):
     assert result.estimate.low < result.estimate.value < result.estimate.high
     assert (result.n, result.skipped) == (4, [])
   name = found.metrics["psnr"].name
-  assert name == "psnr-rgb-video-max100-3f-16x24-n4-v1"
+  assert name == "psnr-rgb-video-max100-npz-3f-16x24-n4-v1"
 
 
 def test_what_cannot_be_read_is_counted_and_named(folders):
@@ -184,8 +184,10 @@ def test_fvd_is_scipys_of_the_logits(long, logits):
   want -= 2 * np.trace(scipy.linalg.sqrtm(s @ t).real)
   fvd = found.metrics["fvd"]
   np.testing.assert_allclose(fvd.estimate.value, want, rtol=1e-4)
-  assert fvd.name == "fvd-i3d400-16f-224-bilinear-n10-v1"
-  assert found.metrics["kvd"].name == "kvd-i3d400-poly3-16f-224-bilinear-n10-v1"
+  assert fvd.name == "fvd-i3d400-npz-16f-224-bilinear-n10-v1"
+  assert (
+    found.metrics["kvd"].name == "kvd-i3d400-poly3-npz-16f-224-bilinear-n10-v1"
+  )
   assert len(said) == 1 and "of 10 clips; below 2048" in said[0]
   assert found.versions["i3d weights"] == i3d.SOURCE.converted
 
@@ -251,7 +253,7 @@ def test_fid_is_of_frames_and_its_n_of_clips(long, monkeypatch):
   fid = found.metrics["fid"]
   want = distributions.frechet(*sides)
   np.testing.assert_allclose(fid.estimate.value, want, rtol=1e-4)
-  name = "fid-inception2048-01234567-3f-299-bilinear-n10-v1"
+  name = "fid-inception2048-01234567-npz-3f-299-bilinear-n10-v1"
   assert (fid.name, fid.n) == (name, 10)
   assert fid.estimate.low < fid.estimate.value < fid.estimate.high
   assert "of 30 frames; below 10000" in said[0]
@@ -272,7 +274,7 @@ def test_clip_score_is_of_prompts(tmp_path, monkeypatch):
   monkeypatch.setattr(clip_score, "load", lambda folder: Clip())
   options = evaluate.Options(str(folder), metrics=("clip_score",), clip="clip")
   found = evaluate.run(options).metrics["clip_score"]
-  assert found.name == "clip-x-3f-16x24-n2-v1"
+  assert found.name == "clip-x-mp4-3f-16x24-n2-v1"
   np.testing.assert_allclose([*found.clips.values()], [3.3, 5.3])
   assert [skip.reason for skip in found.skipped] == [
     "000002_0123456789ab: has no prompt."
@@ -364,13 +366,84 @@ def test_an_evaluation_has_a_manifest(folders, tmp_path, capsys):
   assert main.main(["repro", "check", *both]) == 1
 
 
+def test_what_is_no_number_is_told(folders, tmp_path, monkeypatch):
+  a, _ = folders
+  monkeypatch.setattr(temporal, "flicker", lambda frames: float("nan"))
+  options = evaluate.Options(str(a), metrics=("flicker",))
+  found = evaluate.record(options, tmp_path / "n.json")
+  assert json.loads(found.to_json())["metrics"]["flicker"]["value"] == "nan"
+  held = json.loads((tmp_path / "n.manifest.json").read_text())
+  assert held["outputs"]["metrics"]["metrics.flicker.value"] == "nan"
+
+
+def test_the_exit_code_says_that_clips_were_left_out(tmp_path, capsys):
+  made = [(str(seed), sets_test.frames(seed)) for seed in range(3)]
+  folder = sets_test.job(tmp_path / "job", [*made, ("two", None)])
+  argv = ["evaluate", f"--generated={folder}", "--metrics=flicker"]
+  path = tmp_path / "n.json"
+  assert main.main([*argv, f"--json={path}"]) == 2
+  out, err = capsys.readouterr()
+  assert "skipped: 1" in out and "failed: no such image" in out
+  assert "several jobs" not in err
+  assert json.loads(path.read_text())["metrics"]["flicker"]["skipped"] == 1
+  held = json.loads((tmp_path / "n.manifest.json").read_text())
+  assert held["exit"] == {"reason": "1 clips left out", "code": 2}
+  # Who asks for three has got them.
+  assert main.main([*argv, "--n=3"]) == 0
+
+
+def test_a_folder_of_several_jobs_is_said(tmp_path):
+  made = [(str(seed), sets_test.frames(seed)) for seed in range(3)]
+  folder = sets_test.job(tmp_path / "job", made)
+  lines = (folder / "clips.jsonl").read_text().splitlines()
+  record = json.loads(lines[0]) | {"name": "000000_ba9876543210"}
+  text = "\n".join([*lines, json.dumps(record)])
+  (folder / "clips.jsonl").write_text(f"{text}\n")
+  options = evaluate.Options(str(folder), metrics=("flicker",))
+  with pytest.warns(UserWarning, match="several jobs, .*: 1 of 4 have"):
+    found = evaluate.run(options)
+  assert found.metrics["flicker"].n == 4
+
+
+def test_inputs_are_what_was_read_and_nothing_is_read_twice(
+  tmp_path, monkeypatch
+):
+  clips = [(str(seed), sets_test.frames(seed)) for seed in range(3)]
+  a = sets_test.job(tmp_path / "a", clips, ("png",))
+  video.write_mp4(tmp_path / "b.mp4", clips[0][1], 8)
+  asked = []
+  monkeypatch.setattr(
+    filehashes.Hashes, "file", lambda self, path: asked.append(path) or "ff"
+  )
+  options = evaluate.Options(str(a), metrics=("flicker",), n=2)
+  evaluate.record(options, tmp_path / "n.json")
+  options = evaluate.Options(str(tmp_path / "b.mp4"), metrics=("flicker",))
+  evaluate.record(options, tmp_path / "one.json")
+  monkeypatch.undo()
+  assert asked == []
+  read = lambda name: json.loads((tmp_path / name).read_text())
+  held, alone = read("n.manifest.json"), read("one.manifest.json")
+  marks = held["inputs"]["generated"]["sha256"]
+  names = [f"{i:06d}_0123456789ab" for i in range(2)]
+  assert list(marks) == names
+  assert list(alone["inputs"]["generated"]["sha256"]) == ["b.mp4"]
+  # As who makes it again finds them.
+  assert [d for d in rerun.changes(held) if d.kind == "inputs"] == []
+  assert [d for d in rerun.changes(alone) if d.kind == "inputs"] == []
+  (a / names[1] / "000002.png").unlink()
+  (change,) = (d for d in rerun.changes(held) if d.kind == "inputs")
+  assert change.name == f"generated/{names[1]}"
+
+
 def test_pairs_that_are_none_are_said(tmp_path):
   one, two = sets_test.frames(0), sets_test.frames(1)
   a = sets_test.job(tmp_path / "a", [("A star.", one), ("same", two)])
   b = sets_test.job(tmp_path / "b", [("A dog.", one), ("same", two)], ("png",))
   options = evaluate.Options(str(b), str(a), metrics=("psnr",))
   with pytest.warns(UserWarning) as said:
-    evaluate.run(options)
+    found = evaluate.run(options)
+  name = found.metrics["psnr"].name
+  assert name == "psnr-rgb-video-max100-mp4+png-3f-16x24-n2-v1"
   texts = [str(item.message) for item in said]
   assert any("1 of 2 pairs are of different prompts" in t for t in texts)
   assert any("from mp4, the other from png" in t for t in texts)

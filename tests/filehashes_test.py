@@ -51,6 +51,20 @@ def test_a_changed_file_is_read_again(tmp_path, what):
   assert second.bytes_read == path.stat().st_size
 
 
+def test_only_named_files_count(tmp_path):
+  write(tmp_path / "a.png", b"x")
+  write(tmp_path / "other.png")
+  write(tmp_path / "frames" / "000001.png", b"2")
+  write(tmp_path / "frames" / "000000.png", b"1")
+  write(tmp_path / "frames" / "notes.txt")
+  sha256 = lambda data: hashlib.sha256(data).hexdigest()
+  found = filehashes.Hashes().files(tmp_path, ["a.png", "frames"])
+  want = sha256((sha256(b"1") + sha256(b"2")).encode())
+  assert found == {"a.png": sha256(b"x"), "frames": want}
+  with pytest.raises(errors.StorageError, match=r"gone\.png: cannot be read"):
+    filehashes.Hashes().files(tmp_path, ["gone.png"])
+
+
 def test_a_file_of_this_moment_is_not_remembered(tmp_path):
   path, memory = write(tmp_path / "a.txt", age=0), tmp_path / "h.json"
   hashes = filehashes.Hashes(memory)

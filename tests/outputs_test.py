@@ -79,6 +79,11 @@ def test_metrics_of_an_evaluation():
   }
 
 
+def test_what_is_no_number_is_kept():
+  record = {"loss": float("nan"), "a": [np.float32("-inf")], "name": "nano"}
+  assert outputs.numbers(record) == {"loss": "nan", "a.0": "-inf"}
+
+
 def test_a_manifest_is_read_with_suspicion(tmp_path):
   path = tmp_path / "manifest.json"
   with pytest.raises(errors.InputError, match="no such file"):

@@ -38,9 +38,10 @@ def test_a_run_that_is_done(tmp_path):
   (tmp_path / "images").mkdir()
   (tmp_path / "images" / "a.png").write_bytes(b"x")
   with provenance.recording(
-    tmp_path, "sample", config, origin=origin
+    tmp_path, "sample", config, origin=origin, planned=4
   ) as record:
     told = read(tmp_path)
+    assert told["planned"] == 4
     assert told["exit"] == {"reason": "running", "code": None}
     assert told["end"] is told["outputs"] is None
     record.mesh(sharding.make_mesh({"data": 2, "context": 2}))
@@ -48,6 +49,8 @@ def test_a_run_that_is_done(tmp_path):
     record.weights(tmp_path / "weights")
     record.inputs(tmp_path / "p.txt", "prompts")
     record.inputs(tmp_path / "images", "image")
+    known = {"images/a.png": None, "b.png": "ff"}
+    record.files(tmp_path, known, "lines")
     record.data("stages.0", lambda: "0123")
     record.outputs({"kind": "metrics", "metrics": {"psnr": 1.0}})
   told = read(tmp_path)
@@ -60,6 +63,12 @@ def test_a_run_that_is_done(tmp_path):
   assert list(told["weights"]["checkpoint"]["sha256"]) == ["vae"]
   assert list(told["inputs"]["prompts"]["sha256"]) == ["p.txt"]
   assert list(told["inputs"]["image"]["sha256"]) == ["a.png"]
+  mark = told["inputs"]["image"]["sha256"]["a.png"]
+  assert told["inputs"]["lines"] == {
+    "path": os.fspath(tmp_path),
+    "sha256": {"images/a.png": mark, "b.png": "ff"},
+    "listed": True,
+  }
   assert told["data"] == {"stages.0": "0123"}
   assert told["outputs"]["metrics"] == {"psnr": 1.0}
   assert told["versions"]["jax"] == jax.__version__

@@ -237,6 +237,24 @@ def test_filters(show, tmp_path):
   assert "Nothing matches" in page.inner_text("#clips")
 
 
+def test_a_job_that_was_stopped(show, tmp_path):
+  report_runs.job(tmp_path / "job", ["a", "b"])
+  attempts = [{"seconds": s} for s in (3600, None, 61)]
+  held = {"planned": 1234, "seconds": 61, "attempts": attempts}
+  (tmp_path / "job" / "manifest.json").write_text(json.dumps(held))
+  page = show(report.write(tmp_path / "job"))
+  table = page.locator("main table").first
+  cells = zip(
+    table.locator("thead th").all_inner_texts(),
+    table.locator("tbody").locator("th, td").all_inner_texts(),
+    strict=True,
+  )
+  told = {name.lower(): text for name, text in cells}
+  assert (told["done"], told["left"]) == ("2", "1,232")
+  want = "1 h 1 min in 3 attempts, 1 of unknown length left out"
+  assert told["took"] == want
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_two_runs(show, tmp_path, scheme):
   first, second = tmp_path / "first", tmp_path / "second"
@@ -245,7 +263,10 @@ def test_two_runs(show, tmp_path, scheme):
   report_runs.clip(second, 1, "b", pixels=report_runs.frames(9))
   for folder, n in ((first, 2048), (second, 1024)):
     result = {"value": 300.5, "low": 290.0, "high": 310.0, "n": n}
-    metrics = {"metrics": {"fvd": result | {"skipped": 1, "name": "fvd-v1"}}}
+    fvd = result | {"skipped": 1, "name": "fvd-v1"}
+    # Of the same n, but of other files.
+    psnr = result | {"n": 3, "name": f"psnr-{folder.name}"}
+    metrics = {"metrics": {"fvd": fvd, "psnr": psnr}}
     (folder / "evaluate.json").write_text(json.dumps(metrics))
     value = {"config": {"seed": n, "steps": 4}, "exit": {"reason": "done"}}
     (folder / "manifest.json").write_text(json.dumps(value))
@@ -260,7 +281,7 @@ def test_two_runs(show, tmp_path, scheme):
     "2048",
     "1024",
   ]
-  assert page.inner_text("#evaluation").count("not comparable") == 2
+  assert page.inner_text("#evaluation").count("not comparable") == 4
   page.check("#all-runs")
   assert page.inner_text("[role=status]") == "2 rows"
   page.click("button:text-is('Different')")

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import urllib.parse
 
 import pytest
@@ -137,6 +138,36 @@ def test_the_old_page_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     report.write(tmp_path / "job")
   assert path.read_bytes() == old
   assert sorted(p.suffix for p in path.parent.glob(".*")) == []
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+  folder = tmp_path / "run"
+  report_runs.training(folder)
+  mark = "0123456789abcdef"
+  home = folder / "posters" / "100"
+  home.mkdir(parents=True)
+  left = [
+    folder / f".report.{mark}.tmp.html",
+    folder / "posters" / f".{mark}.tmp",
+    home / f".{mark}.tmp",
+  ]
+  others = [
+    folder / f".other.{mark}.tmp.html",
+    folder / f".report.{mark[1:]}.tmp.html",
+    folder / f".report.{mark}.tmp.mp4",
+    home / f".{mark}.tmp.jpg",
+    home / "x.tmp",
+  ]
+  # Somebody may be at these.
+  others += [path.with_name(path.name.replace("0", "a")) for path in left]
+  then = time.time() - 7200
+  for path in (*left, *others):
+    path.write_bytes(b"half")
+  for path in (*left, *others[:-3]):
+    os.utime(path, (then, then))
+  report.write(folder)
+  assert [path for path in left if path.exists()] == []
+  assert [path for path in others if not path.exists()] == []
 
 
 def test_the_command(tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_training, toy_sampling, toy_training
-from vidgen import errors, repro, train, video
+from vidgen import errors, outputs, repro, rerun, train, video
 from vidgen.cli import main
 
 run = toy_sampling.run
@@ -170,6 +170,22 @@ def test_npz_files_are_compared_where_there_are_no_frames(tmp_path):
   assert repro.check(one, other).verdict == "identical"
 
 
+def test_a_metric_that_is_no_number_is_a_difference(tmp_path, capsys):
+  for name, loss in (("a", float("nan")), ("b", 1.0), ("c", float("nan"))):
+    record = outputs.of_metrics({"loss": loss, "step": 3})
+    run(tmp_path / name, count=0)
+    edit(tmp_path / name, outputs=record)
+  a, b, c = (str(tmp_path / name) for name in "abc")
+  for tolerance in (None, 1.0, float("inf")):
+    report = repro.check(a, b, tolerance)
+    assert report.verdict == "different"
+    assert "loss: nan in A, 1 in B (inf)" in str(report)
+  file = tmp_path / "found.json"
+  assert main.main(["repro", "check", a, b, f"--json={file}"]) == 1
+  assert json.loads(file.read_text())["outputs"]["max_abs"] == "inf"
+  assert repro.check(a, c).verdict == "identical"
+
+
 def test_what_is_no_number_is_no_rounding(tmp_path):
   one = run(tmp_path / "a", formats=("npz",))
   other = run(tmp_path / "b", formats=("npz",), change=brighter(2))
@@ -235,6 +251,38 @@ def test_shards_are_one_job(tmp_path):
     made = toy_sampling.frames(index)
     toy_sampling.line(parts, index, made, name=name)
   assert repro.check(whole, parts).verdict == "identical"
+
+
+def test_files_that_lines_name_are_inputs(tmp_path):
+  (tmp_path / "in").mkdir()
+  for name in ("0.png", "1.png"):
+    (tmp_path / "in" / name).write_bytes(name.encode())
+  given = {"0.png": None, "1.png": None}
+  tell = lambda names: (
+    lambda record: record.files(
+      tmp_path / "in", {name: given[name] for name in names}, "lines"
+    )
+  )
+  one = run(tmp_path / "a", count=2, tell=tell(given))
+  parts = tmp_path / "parts"
+  for shard in range(2):
+    made = run(tmp_path / str(shard), count=2, tell=tell([f"{shard}.png"]))
+    parts.mkdir(exist_ok=True)
+    (made / "manifest.json").rename(
+      parts / f"manifest-{shard:05d}-of-00002.json"
+    )
+  for file in made.iterdir():
+    file.rename(parts / file.name)
+  assert causes(repro.check(one, parts)) == []
+  (tmp_path / "in" / "1.png").write_bytes(b"another")
+  other = run(tmp_path / "b", count=2, change=brighter(3), tell=tell(given))
+  assert "; inputs: lines/1.png: " in repro.check(one, other).why
+  held = json.loads((one / "manifest.json").read_text())
+  (tmp_path / "in" / "0.png").unlink()
+  (tmp_path / "in" / "more.png").write_bytes(b"of another job")
+  found = {d.name: d.second for d in rerun.changes(held) if d.kind == "inputs"}
+  assert found.keys() == {"lines/0.png", "lines/1.png"}
+  assert found["lines/0.png"] == "-" != found["lines/1.png"]
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,57 @@ def test_a_run_that_fails_when_made_again(home, tmp_path, monkeypatch):
   assert (tmp_path / "b" / rerun.CONFIG).read_text().startswith("\nfrom tests")
 
 
+def test_what_was_read_must_be_there(home, tmp_path, monkeypatch):
+  """The place of the run has moved, and a file of its prompts is gone."""
+  ended = types.SimpleNamespace(returncode=74)
+  monkeypatch.setattr(rerun, "_call", lambda *a, **k: ended)
+  here = tmp_path / "here"
+  here.mkdir()
+  (here / "p.txt").write_text("A star.\n")
+  (here / "0.png").write_bytes(b"0")
+  hashes = rerun.filehashes.Hashes()
+  there = tmp_path / "there"
+  told = manifest(home / "run") | {
+    "directory": os.fspath(there),
+    "inputs": {
+      "prompts": {
+        "path": os.fspath(there / "p.txt"),
+        "sha256": hashes.path(here / "p.txt"),
+      },
+      "lines": {
+        "path": os.fspath(there),
+        "sha256": hashes.files(here, ["0.png"]),
+        "listed": True,
+      },
+    },
+  }
+  path = tmp_path / "manifest.json"
+  path.write_text(json.dumps(told))
+  monkeypatch.chdir(here)
+
+  def fails(kind, match):
+    said = []
+    with pytest.raises(kind, match=match):
+      rerun.run(path, tmp_path / "again", warn=said.append)
+    return said
+
+  (line,) = fails(errors.VidgenError, "exit code 74")
+  assert "names of files count from here" in line
+  (tmp_path / "again" / rerun.CONFIG).unlink()
+  (here / "p.txt").write_text("A dog.\n")
+  _, line = fails(errors.VidgenError, "exit code 74")
+  mark = told["inputs"]["prompts"]["sha256"]["p.txt"]
+  assert line.startswith(f"inputs: prompts/p.txt: {mark} then, ")
+  (tmp_path / "again" / rerun.CONFIG).unlink()
+  (here / "0.png").unlink()
+  mark = told["inputs"]["lines"]["sha256"]["0.png"]
+  text = f"{here}/0.png: is gone, and the run read it as lines; put back the "
+  fails(errors.InputError, f"{text}file of SHA-256 {mark}.")
+  (here / "p.txt").unlink()
+  fails(errors.InputError, r"p\.txt: is gone, .* as prompts; put back the file")
+  assert not list((tmp_path / "again").iterdir())
+
+
 def test_what_has_changed_is_told(home, cache, tmp_path):
   weights = tmp_path / "vae" / "a.safetensors"
   weights.parent.mkdir()

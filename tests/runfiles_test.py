@@ -49,6 +49,40 @@ def test_files_of_a_job_at_work_may_go(tmp_path, monkeypatch):
   assert [c.status for c in runfiles.load(tmp_path).clips] == ["done", "done"]
 
 
+def test_clips_that_are_left(tmp_path):
+  job = tmp_path / "job"
+  report_runs.job(job, ["a", "b", "c"])
+  report_runs.clip(job, 3, "d", status="failed", error="out of memory")
+  assert runfiles.load(job).left is None
+
+  def told(name="manifest.json", **fields):
+    (job / name).write_text(json.dumps(fields))
+    return runfiles.load(job).left
+
+  assert told(planned=10, start="1", config={}) == 6
+  # Once it has ended, only its own clips count.
+  made = {"kind": "clips", "done": 2, "failed": [{"index": 3}]}
+  assert told(planned=10, start="1", config={}, outputs=made) == 7
+  assert told(planned=2, start="1", config={}) == 0
+  assert told(planned="x", start="1") is None
+  # A shard knows of the others that they are planned.
+  name = "manifest-00001-of-00002.json"
+  shard = {"planned": 9, "config": {"shard": "1/2"}, "outputs": made}
+  assert told(name, start="2", **shard) == 5
+
+
+def test_time_of_all_attempts(tmp_path):
+  def took(*seconds):
+    attempts = [{"seconds": one} for one in seconds]
+    held = {"seconds": seconds[-1], "attempts": attempts}
+    (tmp_path / "manifest.json").write_text(json.dumps(held))
+    return runfiles.load(tmp_path).took
+
+  assert took(5.5) == (5.5, 1, 0)
+  assert took(100, None, 5.5) == (105.5, 3, 1)
+  assert took(None) is None
+
+
 def test_lines_of_an_older_make(tmp_path):
   video.write_gif(tmp_path / "000000_ab.gif", report_runs.frames(0), 8)
   record = {"index": 0, "prompt": None, "files": ["000000_ab.gif"]}

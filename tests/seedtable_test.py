@@ -84,6 +84,29 @@ def test_evaluations(tmp_path):
   assert table.count("\n| psnr") == 1
 
 
+def test_an_evaluation_in_the_folder_of_a_run(tmp_path, seeds):
+  metrics = {"fvd": {"value": 3.0, "low": 1.0, "n": 4}}
+  text = json.dumps({"metrics": metrics})
+  folders = [toy_sampling.run(tmp_path / n, seed=i) for i, n in enumerate("ab")]
+  for folder in (*folders, seeds / "2"):
+    (folder / "evaluate.json").write_text(text)
+  table = seedtable.make([str(folder) for folder in folders])
+  assert table.count("\n| ") == 2  # The head, and fvd.
+  assert "| fvd | 3 | 3 to 3 | 3 | 3 |" in table and "Seeds: 0, 1." in table
+  table = seedtable.make([str(seeds / "2")])
+  (seeds / "2" / "evaluate.json").unlink()
+  assert "| fvd |" in table and "| loss |" in table
+
+
+def test_what_is_no_number_is_shown(tmp_path):
+  for i, (loss, far) in enumerate([("nan", "inf"), (1.0, 2.0)]):
+    text = json.dumps({"metrics": {"loss": loss, "far": {"value": far}}})
+    (tmp_path / f"{i}.json").write_text(text)
+  table = seedtable.make([str(tmp_path / f"{i}.json") for i in range(2)])
+  assert "| loss | nan | nan to nan | nan | nan |" in table
+  assert "| far | inf | nan to nan | 2 | inf |" in table
+
+
 def test_runs_without_metrics(tmp_path, seeds):
   clips = toy_sampling.run(tmp_path / "a", count=1)
   with pytest.raises(errors.InputError, match="has no metrics"):

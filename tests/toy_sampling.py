@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,15 +71,17 @@ def run(
   count: int = 3,
   change: Any = lambda index, made: made,
   formats: tuple[str, ...] = ("mp4",),
+  tell: Callable[[provenance.Record], None] = lambda record: None,
   **fields: Any,
 ) -> pathlib.Path:
-  """Makes clips; `change` may alter the frames of one."""
+  """Makes clips; `change` may alter the frames of one, `tell` adds a record."""
   folder.mkdir(parents=True, exist_ok=True)
   config = ToyConfig(out=str(folder), **fields)
   with provenance.recording(folder, "sample", config) as record:
     record.mesh(sharding.make_mesh(config.mesh or None))
     record.seeds(seed=config.seed)
     record.outputs(lambda: outputs.of_clips(folder))
+    tell(record)
     for index in range(count):
       made = change(index, frames(index, config.seed))
       line(folder, index, made, formats, seed=config.seed)

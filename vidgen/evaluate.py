@@ -105,7 +105,8 @@ def run(
 
   Videos are read one at a time. One that cannot be read, or that a metric
   cannot be had of, is left out of that metric and named in the report. Warns
-  of what one of two sets lacks, and of an FVD of few clips.
+  of what one of two sets lacks, of a folder of several jobs, and of an FVD of
+  few clips.
 
   Raises:
     InputError: A flag or a set that cannot be used; no clip to measure, or
@@ -119,6 +120,7 @@ def run(
   reference = None
   if options.reference is not None:
     reference = collect.Source(options.reference, sets.find(options.reference))
+  _warn_of_jobs([generated] if reference is None else [reference, generated])
   found, missing = {}, {}
   if single := [name for name in names if name in SINGLE]:
     found |= _single(options, single, generated, tools, told)
@@ -156,6 +158,19 @@ def run(
   )
 
 
+def _warn_of_jobs(sources: list[collect.Source]) -> None:
+  """Warns of folders into which several jobs have written."""
+  for source in sources:
+    numbers = [item.index for item in source.items if item.index is not None]
+    if count := len(numbers) - len({*numbers}):
+      warnings.warn(
+        f"{source.path}: holds clips of several jobs, all of which are "
+        f"measured: {count} of {len(numbers)} have another's number; give each "
+        "job an --out of its own.",
+        stacklevel=3,
+      )
+
+
 def _warn_of_pairs(pairs: list[tuple[sets.Item, sets.Item]]) -> None:
   """Warns of pairs that are no pairs, or of which one side has lost more."""
   other = [
@@ -170,15 +185,15 @@ def _warn_of_pairs(pairs: list[tuple[sets.Item, sets.Item]]) -> None:
       stacklevel=3,
     )
   kinds = {
-    (r.path.suffix, g.path.suffix)
+    (sets.format_of(r), sets.format_of(g))
     for r, g in pairs
     if None not in (r.path, g.path)
   }
   if uneven := sorted(pair for pair in kinds if pair[0] != pair[1]):
-    left, right = (suffix or "png" for suffix in uneven[0])
+    left, right = uneven[0]
     warnings.warn(
-      f"one side is read from {left.lstrip('.')}, the other from "
-      f"{right.lstrip('.')}: what a codec loses counts as a difference.",
+      f"one side is read from {left}, the other from {right}: what a codec "
+      "loses counts as a difference.",
       stacklevel=3,
     )
 
@@ -301,8 +316,9 @@ def _mean(
   if len(tally.shapes) == 1:
     ((frames, height, width),) = tally.shapes
     shape = f"{frames}f-{height}x{width}"
+  formats = "+".join(sorted(tally.formats))
   return report.Result(
-    f"{identity}-{shape}-n{n}-{_VERSION}",
+    f"{identity}-{formats}-{shape}-n{n}-{_VERSION}",
     intervals.mean(values, options.resamples, options.seed),
     n,
     tally.skipped,
@@ -374,15 +390,17 @@ def record(
     path.parent, "evaluate", options, origin=origin, idle=_IDLE, name=name
   ) as record:
     record.seeds(seed=options.seed)
-    for side in ("generated", "reference"):
-      if (given := getattr(options, side)) is not None:
-        record.inputs(given, side)
     for part in ("clip", "inception"):
       if (given := getattr(options, part)) is not None:
         record.weights(given, part)
     found = run(options, told)
+    for side in ("generated", "reference"):
+      if (source := getattr(found, side)) is not None:
+        record.files(*source.files(), side)
     write_json(path, found)
     record.outputs(lambda: outputs.of_metrics(json.loads(found.to_json())))
+    if found.left_out:
+      record.end(f"{found.left_out} clips left out", 2)
   return found
 
 

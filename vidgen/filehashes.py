@@ -10,6 +10,7 @@ import os
 import pathlib
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from vidgen import errors, video
@@ -115,6 +116,24 @@ class Hashes:
     if os.path.isdir(path):
       return self.folder(path, every)
     return {os.path.basename(path): self.file(path)}
+
+  def files(
+    self, folder: str | os.PathLike, names: Iterable[str]
+  ) -> dict[str, str]:
+    """Returns the SHA-256 of some files, by their names from a folder.
+
+    That of a folder of frames is of the hashes of its numbered frames.
+    """
+    found = {}
+    for name in names:
+      path = pathlib.Path(folder, name)
+      if path.is_dir():
+        frames = sorted(p for p in path.glob("*.png") if p.stem.isdecimal())
+        text = "".join(map(self.file, frames))
+        found[name] = hashlib.sha256(text.encode()).hexdigest()
+      else:
+        found[name] = self.file(path)
+    return found
 
   def remember(self) -> None:
     """Writes what was hashed; whatever hinders that, it is hashed again."""

@@ -244,19 +244,28 @@ def _numbers(first, second, tolerance):
   for name, size in relative.items():
     if size:
       lines.append(
-        f"{name}: {a[name]:.8g} in A, {b[name]:.8g} in B ({size:.2g})"
+        f"{name}: {float(a[name]):.8g} in A, {float(b[name]):.8g} in B "
+        f"({size:.2g})"
       )
   worst = max(relative.values())
   if tolerance is None:
     return Likeness(DIFFERENT, what, lines, worst)
-  verdict = ROUNDING if worst <= tolerance else DIFFERENT
+  met = math.isfinite(worst) and worst <= tolerance
+  verdict = ROUNDING if met else DIFFERENT
   why = f"{what}; metrics by {worst:.2g} at most, tolerance {tolerance:.6g}"
   return Likeness(verdict, why, lines, worst)
 
 
-def _relative(a: int | float, b: int | float) -> float:
-  """Returns the difference of two numbers, relative to the larger one."""
-  return abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0
+def _relative(a: int | float | str, b: int | float | str) -> float:
+  """Returns the difference of two numbers, relative to the larger one.
+
+  What is not finite is as far as can be from all but itself.
+  """
+  if a == b:
+    return 0.0
+  if isinstance(a, str) or isinstance(b, str):
+    return math.inf
+  return abs(a - b) / max(abs(a), abs(b))
 
 
 def _listed(indices: list[int]) -> str:
@@ -304,7 +313,7 @@ def is_as_written(found: Any) -> bool:
   return (
     found.get("kind") in ("state", "metrics")
     and isinstance(metrics, dict)
-    and all(isinstance(value, int | float) for value in metrics.values())
+    and all(map(outputs.is_number, metrics.values()))
     and isinstance(found.get("state_sha256"), str | None)
   )
 

@@ -16,6 +16,7 @@ from vidgen import manifest as manifest_lib
 
 LEDGERS = "clips*.jsonl"
 METRICS = "metrics.jsonl"
+NO_NUMBERS = ("nan", "inf", "-inf")
 # Numbers in it that tell of time, not of what was learnt.
 _SPEED = ("seconds_per_step", "videos_per_second", "mfu", "time")
 
@@ -139,7 +140,7 @@ def of_training(
   }
 
 
-def last_metrics(path: pathlib.Path) -> dict[str, int | float]:
+def last_metrics(path: pathlib.Path) -> dict[str, int | float | str]:
   """Returns the numbers of the last whole line of metrics; {} without any."""
   try:
     lines = path.read_bytes().split(b"\n")
@@ -155,13 +156,20 @@ def last_metrics(path: pathlib.Path) -> dict[str, int | float]:
   return {}
 
 
-def numbers(record: Mapping[str, Any]) -> dict[str, int | float]:
-  """Returns the numbers of a record, by their dotted names."""
-  return {
-    name: value
-    for name, value in fingerprint.fields(fingerprint.plain(record))
-    if isinstance(value, int | float) and not isinstance(value, bool)
-  }
+def is_number(value: Any) -> bool:
+  """Says whether JSON's value is a number, or the text of one of `NO_NUMBERS`.
+
+  JSON has no word for those.
+  """
+  if isinstance(value, str):
+    return value in NO_NUMBERS
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def numbers(record: Mapping[str, Any]) -> dict[str, int | float | str]:
+  """Returns the numbers of a record, by their dotted names; see `is_number`."""
+  pairs = fingerprint.fields(fingerprint.plain(record))
+  return {name: value for name, value in pairs if is_number(value)}
 
 
 def of_metrics(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,6 +123,28 @@ class Record:
     """Hashes a file that is read besides, or a folder: prompts, videos."""
     self._hash("inputs", name, path)
 
+  def files(
+    self,
+    folder: str | os.PathLike,
+    hashes: Mapping[str, str | None],
+    name: str,
+  ) -> None:
+    """Hashes some files that are read besides; no others in their folder count.
+
+    Args:
+      folder: Of which they are named.
+      hashes: The SHA-256 of each by its name; None has it found out.
+      name: What they are, "reference".
+    """
+    # Not its real path: a name may lead out of it.
+    place = os.path.abspath(folder)
+    item = {"path": place, "sha256": None, "listed": True}
+    self._values["inputs"][name] = item
+    known = dict(hashes)
+    left = [file for file, mark in known.items() if mark is None]
+    give = lambda: known | self._hashes.files(place, left)
+    self._submit("inputs", name, give)
+
   def data(self, name: str, value: str | Callable[[], Any]) -> None:
     """Says what tells the content of a data set, its fingerprint for one.
 
@@ -225,6 +247,7 @@ def recording(
   origin: Origin | None = None,
   idle: Sequence[str] = (),
   name: str = NAME,
+  planned: int | None = None,
 ) -> Iterator[Record]:
   """Records a run in a manifest, as long as it is entered.
 
@@ -237,6 +260,7 @@ def recording(
       "stages.*.data.threads", besides `fingerprint.PLACES`.
     name: Of the file; jobs that share a folder have one each,
       "manifest-00001-of-00004.json".
+    planned: How many clips the job is to make, its other shards' too.
 
   Raises:
     StorageError: It could not be written. Where the run itself fails, that
@@ -249,6 +273,7 @@ def recording(
     return
   origin = Origin() if origin is None else origin
   values = _begin(command, config, origin, tuple(idle), path.parent)
+  values["planned"] = planned
   record = Record(path, values, _earlier(path), origin.memory)
   record.write()
   try:

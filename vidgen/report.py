@@ -7,6 +7,7 @@ weigh 100 MB, and a video without one is opened to be seen.
 """
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import html
@@ -56,9 +57,22 @@ def write(
   runs = [runfiles.load(place) for place in places]
   target = pathlib.Path(os.path.abspath(out or places[0] / NAME))
   data = describe(runs, target.parent, posters)
+  _sweep(target, runs)
   with video.atomic(target) as temporary:
     temporary.write_text(page(data), encoding="utf-8")
   return target
+
+
+def _sweep(target: pathlib.Path, runs: Sequence[runfiles.Run]) -> None:
+  """Removes pages and posters that killed processes left half written."""
+  # What may not be removed does no harm.
+  with contextlib.suppress(OSError):
+    for path in target.parent.glob(f".*.tmp{target.suffix}"):
+      if video.target_of(path) == target.stem and posters_lib.is_left(path):
+        path.unlink(missing_ok=True)
+    for run in runs:
+      for home in (run.folder / POSTERS, *run.folder.glob(f"{POSTERS}/*/")):
+        posters_lib.sweep(home)
 
 
 def page(data: dict[str, Any]) -> str:
@@ -147,6 +161,8 @@ def _run(run: runfiles.Run, label: str, home: pathlib.Path) -> dict[str, Any]:
     "folder": os.fspath(run.folder),
     "href": _address(run.folder, home) + "/",
     "facts": list(run.facts.items()),
+    "left": run.left,
+    "took": run.took,
     "curves": {
       name: [[_short(x) for x in axis] for axis in points.tolist()]
       for name, points in run.curves.items()

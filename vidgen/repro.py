@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from vidgen import errors, fingerprint, likeness, outputs, provenance, video
@@ -205,6 +205,7 @@ def read(path: str | pathlib.Path) -> Side:
   whole["attempts"] = [
     one for shard in job.values() for one in shard["attempts"]
   ]
+  whole["inputs"] = _inputs(job.values())
   made = [shard["outputs"] for shard in job.values()]
   every = [f"manifest-{i:05d}-of-{len(job):05d}.json" for i in range(len(job))]
   # Each knows of its own clips; of one that has not ended, the ledger knows.
@@ -212,6 +213,19 @@ def read(path: str | pathlib.Path) -> Side:
   if list(job) == every and all(map(_is_of_clips, made)):
     whole["outputs"] = outputs.together(made)
   return Side(str(path), place, whole)
+
+
+def _inputs(shards: Iterable[dict[str, Any]]) -> dict[str, Any]:
+  """Returns the inputs of all shards, each of which lists files of its own."""
+  found: dict[str, Any] = {}
+  for shard in shards:
+    for name, item in shard["inputs"].items():
+      there = found.setdefault(name, item)
+      if there is not item and item.get("listed"):
+        marks = [there["sha256"], item["sha256"]]
+        mark = None if None in marks else marks[0] | marks[1]
+        found[name] = {**there, "sha256": mark}
+  return found
 
 
 def _is_of_clips(made: Any) -> bool:
@@ -366,5 +380,6 @@ def write_json(path: str | pathlib.Path, report: Report) -> None:
     StorageError: It could not be written.
   """
   with video.atomic(path) as temporary:
-    text = json.dumps(report.as_dict(), indent=1) + "\n"
+    plain = fingerprint.plain(report.as_dict())
+    text = json.dumps(plain, indent=1, allow_nan=False) + "\n"
     temporary.write_text(text, encoding="utf-8")

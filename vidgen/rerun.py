@@ -1,5 +1,6 @@
 """Runs again what a manifest tells of."""
 
+import contextlib
 import copy
 import os
 import pathlib
@@ -11,6 +12,9 @@ from typing import Any
 
 from vidgen import environment, errors, filehashes, repro
 from vidgen.repro import Difference
+
+# What of a manifest names files.
+_FILES = ("weights", "tokenizer", "inputs")
 
 # What starts a run.
 _call = subprocess.run
@@ -45,7 +49,8 @@ def run(
       error.
 
   Raises:
-    InputError: The run cannot be made again, or the folder holds something.
+    InputError: The run cannot be made again, what it read is gone, or the
+      folder holds something.
     VidgenError: It ended with another exit code than it should.
   """
   warn = _print if warn is None else warn
@@ -58,6 +63,8 @@ def run(
   if not place.is_dir():
     warn(f"{place}: is not there any more; names of files count from here.")
     place = pathlib.Path.cwd()
+    side = side._replace(manifest=_moved(side.manifest, place))
+  _need_inputs(side.manifest)
   for difference in changes(side.manifest, memory):
     warn(
       f"{difference.kind}: {difference.name}: {difference.first} then, "
@@ -165,24 +172,58 @@ def changes(
   now["versions"] = environment.versions()
   now["system"] = environment.system()
   hashes = filehashes.Hashes(memory)
-  for kind in ("weights", "tokenizer", "inputs"):
+  for kind in _FILES:
     for item in now[kind].values():
       # What was not known then cannot have changed.
       if item["sha256"] is not None:
-        item["sha256"] = _hashed(hashes, item["path"], kind == "inputs")
+        item["sha256"] = _hashed(hashes, item, kind == "inputs")
   hashes.remember()
   found = repro.differences(manifest, now)
   return [difference for difference in found if difference.kind != repro.OTHER]
 
 
+def _moved(manifest: dict[str, Any], place: pathlib.Path) -> dict[str, Any]:
+  """Returns a manifest whose files lie in `place`, not in its directory."""
+  moved = copy.deepcopy(manifest)
+  for kind in _FILES:
+    for item in moved[kind].values():
+      path = pathlib.Path(item["path"])
+      if path.is_relative_to(manifest["directory"]):
+        item["path"] = os.fspath(
+          place / path.relative_to(manifest["directory"])
+        )
+  return moved
+
+
+def _need_inputs(manifest: Mapping[str, Any]) -> None:
+  """Raises InputError where prompts, images or videos are gone."""
+  for name, item in manifest["inputs"].items():
+    path, marks = item["path"], item["sha256"] or {}
+    files = {path: marks.get(os.path.basename(path))}
+    if item.get("listed"):
+      files = {os.path.join(path, file): mark for file, mark in marks.items()}
+    gone = [file for file in files if not os.path.exists(file)]
+    if gone:
+      mark = files[gone[0]]
+      raise errors.InputError(
+        f"{gone[0]}: is gone, and the run read it as {name}; put back the file"
+        f"{f' of SHA-256 {mark}' if mark else ''}"
+        f"{f', and {len(gone) - 1} more' if len(gone) > 1 else ''}."
+      )
+
+
 def _hashed(
-  hashes: filehashes.Hashes, path: str, every: bool
+  hashes: filehashes.Hashes, item: Mapping[str, Any], every: bool
 ) -> dict[str, str] | None:
   """Returns the hashes of what is there; None where there is nothing."""
-  try:
-    return hashes.path(path, every)
-  except (errors.StorageError, OSError):
-    return None
+  found = {}
+  if not item.get("listed"):
+    with contextlib.suppress(errors.StorageError, OSError):
+      found = hashes.path(item["path"], every)
+  for name in item["sha256"] if item.get("listed") else ():
+    with contextlib.suppress(errors.StorageError, OSError):
+      found |= hashes.files(item["path"], [name])
+  return found or None
 
 
 def _print(text: str) -> None:

@@ -79,6 +79,9 @@ class Run:
     curves: Of each metric of training its steps and values.
     goodput: Where the time of training went, as `vidgen.goodput` keeps it.
     evaluations: The results of each file of `vidgen evaluate`, by metric.
+    left: How many clips a sampling job has yet to make, where it is known.
+    took: Seconds of all attempts, how many there were, and of how many the
+      seconds are not known: they were killed, or are at work.
   """
 
   folder: pathlib.Path
@@ -87,6 +90,8 @@ class Run:
   curves: dict[str, Float[np.ndarray, "2 n"]]
   goodput: dict[str, Any]
   evaluations: dict[str, dict[str, Any]]
+  left: int | None = None
+  took: tuple[float, int, int] | None = None
 
 
 def load(folder: pathlib.Path) -> Run:
@@ -113,6 +118,7 @@ def load(folder: pathlib.Path) -> Run:
   )
   for evaluation in run.evaluations.values():
     _measure(run.clips, evaluation)
+  run.left, run.took = _left(folder, clips), _took(folder)
   if not any((run.clips, run.facts, run.curves, run.evaluations)):
     raise errors.InputError(
       f"{folder}: holds no run: no clips.jsonl, metrics.jsonl, manifest.json "
@@ -287,11 +293,16 @@ def _samples(folder: pathlib.Path) -> list[Clip]:
   return clips
 
 
+def _manifests(folder: pathlib.Path) -> list[str]:
+  """Returns the names of the manifests there are, the one to show first."""
+  # Shards of a job have one each, which differ in little.
+  shards = sorted(path.name for path in folder.glob("manifest-*.json"))
+  return [n for n in ("manifest.json", *shards) if (folder / n).exists()]
+
+
 def _facts(folder: pathlib.Path) -> dict[str, str]:
   """Returns the manifest as flat fields, or else the config of training."""
-  # Shards of a job have a manifest each, which differ in little.
-  shards = sorted(path.name for path in folder.glob("manifest-*.json"))
-  for name in ("manifest.json", *shards[:1], "config.json"):
+  for name in (*_manifests(folder)[:1], "config.json"):
     if not (folder / name).exists():
       continue
     value = _object(folder / name)
@@ -308,6 +319,36 @@ def _facts(folder: pathlib.Path) -> dict[str, str]:
         break
     return facts
   return {}
+
+
+def _left(folder: pathlib.Path, clips: list[Clip]) -> int | None:
+  """Returns how many clips the last job in a folder has yet to make.
+
+  Until it has ended, other jobs' clips of the same numbers pass for its own.
+  """
+  held = [_object(folder / name) for name in _manifests(folder)]
+  held = [one for one in held if number(one.get("planned"), int) is not None]
+  if not held:
+    return None
+  last = max(held, key=lambda one: _text(one.get("start")))
+  settled = len({clip.index for clip in clips})
+  made, config = last.get("outputs"), last.get("config")
+  whole = isinstance(config, dict) and config.get("shard", "0/1") == "0/1"
+  if whole and isinstance(made, dict) and isinstance(made.get("done"), int):
+    settled = made["done"] + len(_list(made.get("failed")))
+  return max(0, int(last["planned"]) - settled)
+
+
+def _took(folder: pathlib.Path) -> tuple[float, int, int] | None:
+  """Returns the time of all attempts; see `Run`."""
+  for name in _manifests(folder)[:1]:
+    attempts = _list(_object(folder / name).get("attempts"))
+    attempts = [one for one in attempts if isinstance(one, dict)]
+    known = [number(one.get("seconds"), float) for one in attempts]
+    known = [seconds for seconds in known if seconds is not None]
+    if known:
+      return sum(known), len(attempts), len(attempts) - len(known)
+  return None
 
 
 def _fields(value: Any, name: str) -> Iterator[tuple[str, str]]:

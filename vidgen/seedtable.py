@@ -61,9 +61,11 @@ def rows(metrics: Sequence[dict[str, Any]]) -> list[Row]:
     raise errors.InputError("the runs have no metric in common.")
   found = []
   for name in shared:
-    values = np.array([one[name] for one in metrics], np.float64)
+    values = np.array([float(one[name]) for one in metrics])
     ends = float(values.min()), float(values.max())
-    found.append(Row(name, float(values.mean()), *interval(values), *ends))
+    # Of infinities that is NaN, of which numpy would warn.
+    with np.errstate(invalid="ignore"):
+      found.append(Row(name, float(values.mean()), *interval(values), *ends))
   return found
 
 
@@ -74,7 +76,8 @@ def make(paths: Sequence[str]) -> str:
   runs of two configs is seldom what is wanted.
 
   Args:
-    paths: Folders of runs or their manifests, or JSON files of evaluations.
+    paths: Folders of runs, with the evaluate.json that may be in them, or
+      manifests, or JSON files of evaluations.
 
   Raises:
     InputError: A run without metrics, or none that all have.
@@ -125,15 +128,28 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
   if not place.is_dir():
     held = outputs.read_json(place)
     if "format" not in held and isinstance(held.get("metrics"), dict):
-      # Of an evaluation, the values alone: bounds and counts are none.
-      values = {
-        name: item.get("value") if isinstance(item, dict) else item
-        for name, item in held["metrics"].items()
-      }
-      return outputs.numbers(values), None
+      return _values(held["metrics"]), None
   side = repro.read(place)
+  values, measured = {}, place / "evaluate.json"
+  if measured.exists():
+    values = _values(outputs.read_json(measured).get("metrics"))
+  # Training has metrics of its own; of clips there are no others.
+  if values and side.manifest["command"] != "train":
+    return values, side.manifest
   made = likeness.outputs_of(side.manifest, side.folder, side.name)
-  return dict(made.get("metrics", {})), side.manifest
+  return dict(made.get("metrics", {})) | values, side.manifest
+
+
+def _values(metrics: Any) -> dict[str, Any]:
+  """Returns the values of an evaluation alone: bounds and counts are none."""
+  if not isinstance(metrics, dict):
+    return {}
+  return outputs.numbers(
+    {
+      name: item.get("value") if isinstance(item, dict) else item
+      for name, item in metrics.items()
+    }
+  )
 
 
 def _unshared(manifests: list[dict[str, Any]]) -> list[str]:

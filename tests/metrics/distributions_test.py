@@ -88,6 +88,30 @@ def test_frechets_interval_is_seeded_and_holds_the_value():
   assert 0 <= a.low < a.value == c.value < a.high
 
 
+def _shares(n, d, shift, want, sets=200):
+  """How often the interval holds what it is of, and `want`; its width."""
+  rng = np.random.default_rng(0)
+  draw = lambda: (rng.normal(size=(n, d)), shift + rng.normal(size=(n, d)))
+  estimate = distributions.frechet_estimate
+  made = [estimate(*draw(), resamples=40) for _ in range(sets)]
+  more = [distributions.frechet(*draw()) for _ in range(1000)]
+  low, high = np.array([(one.low, one.high) for one in made]).T
+  share = lambda value: np.mean((low <= value) & (value <= high))
+  return share(np.mean(more)), share(want), np.mean(high - low) / np.std(more)
+
+
+def test_frechets_interval_holds_a_known_distance_as_often_as_it_says():
+  # Of normals whose means are apart; two numbers of 400 have hardly a bias.
+  share, of_endless, width = _shares(400, 2, 0.3, 2 * 0.3**2)
+  assert 0.9 < share < 0.985 and 0.9 < of_endless < 0.985
+  assert 3.6 < width < 4.4
+  # Of equal ones, and of fewer than there are numbers.
+  for n, d in ((60, 6), (20, 30)):
+    share, _, width = _shares(n, d, 0.0, 0.0)
+    assert 0.9 < share < 0.985
+    assert width < 5
+
+
 def test_sets_of_one_are_an_error():
   x, y = _sets(1, 5, 3)
   with pytest.raises(errors.InputError, match="2 clips or more"):

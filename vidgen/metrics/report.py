@@ -9,6 +9,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from vidgen import fingerprint
 from vidgen.metrics import collect, intervals
 
 _NAMED = 10
@@ -52,8 +53,19 @@ class Report:
   versions: dict[str, str]
   settings: dict[str, Any]
 
+  @property
+  def left_out(self) -> int:
+    """Returns how many clips that were asked for a metric could not be had of.
+
+    Who asks for the first n has got them.
+    """
+    if self.settings.get("n") is not None:
+      return 0
+    skips = [skip for r in self.metrics.values() for skip in r.skipped]
+    return len({skip.clip for skip in skips})
+
   def to_json(self) -> str:
-    """Returns the report as JSON; it holds no infinity and no NaN."""
+    """Returns the report as JSON; what is not finite is text, "nan"."""
     metrics = {
       key: {
         "name": r.name,
@@ -74,7 +86,8 @@ class Report:
       "settings": self.settings,
       "versions": self.versions,
     }
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    plain = fingerprint.plain(content)
+    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
 
   def __str__(self) -> str:
     """Returns the table, and below it what was left out."""

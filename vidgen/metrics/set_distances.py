@@ -130,12 +130,14 @@ def measure(
   results = {}
   for key, network in found.items():
     own = [name for name in names if METRICS[name] == key]
-    x, y, skipped = _features(
+    x, y, tallies = _features(
       own, reference, generated, network, settings, told
     )
+    skipped = [skip for tally in tallies for skip in tally.skipped]
+    formats = set.union(*(tally.formats for tally in tallies))
     of = (
-      f"{network.name}-{settings.frames}f-{network.size}-bilinear-n{len(x)}"
-      f"-{settings.version}"
+      f"{network.name}-{'+'.join(sorted(formats))}-{settings.frames}f"
+      f"-{network.size}-bilinear-n{len(x)}-{settings.version}"
     )
     for name in own:
       _warn(name, x)
@@ -154,8 +156,8 @@ def _features(
   network: collect.Network,
   settings: Settings,
   told: progress.Progress,
-) -> tuple[np.ndarray, np.ndarray, list[collect.Skip]]:
-  """Returns the features of both sets, clips first, and the skipped clips."""
+) -> tuple[np.ndarray, np.ndarray, list[collect.Tally]]:
+  """Returns the features of both sets, clips first, and their tallies."""
   tallies = []
   for side, source in (("reference", reference), ("generated", generated)):
     total = len(source.items)
@@ -179,7 +181,7 @@ def _features(
       f"--n={min(n, m)} to take the first {min(n, m)} of both."
     )
   x, y = (np.stack(list(tally.values.values())) for tally in tallies)
-  return x, y, [skip for tally in tallies for skip in tally.skipped]
+  return x, y, tallies
 
 
 def _estimate(
@@ -195,7 +197,7 @@ def _estimate(
   flat = lambda features: features.reshape(-1, features.shape[-1])
   distance = lambda a, b: distributions.frechet(flat(a), flat(b))
   draws = min(draws, _FID_RESAMPLES)
-  return intervals.over(distance, x, y, draws, seed, least=0.0)
+  return intervals.halved(distance, x, y, draws, seed, least=0.0)
 
 
 def _warn(name: str, x: np.ndarray) -> None:

@@ -116,6 +116,11 @@ def read_video(item: Item, limit: int | None = None) -> Video:
   return Video(np.stack(list(frames)), digest)
 
 
+def format_of(item: Item) -> str:
+  """Returns what an item is read from: "mp4", or "png" of a folder's frames."""
+  return item.path.suffix.lower().lstrip(".") or "png"
+
+
 def pair(
   reference: Sequence[Item], generated: Sequence[Item]
 ) -> tuple[list[tuple[Item, Item]], list[str], list[str]]:

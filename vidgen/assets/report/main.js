@@ -5,7 +5,7 @@ const HEADLINES = [
   ["command", (f) => f.get("argv") || f.get("command")],
   ["ended", (f) => f.get("exit.reason")],
   ["began", (f) => f.get("start")?.slice(0, 16).replace("T", " ")],
-  ["took", (f) => f.has("seconds") && duration(Number(f.get("seconds")))],
+  ["took", (f, run) => took(run.took)],
   ["device", devices],
   ["mesh", (f) => [...f].filter(([name]) => name.startsWith("mesh.axes."))
     .map(([name, size]) => `${name.slice(10)} ${size}`).join(", ")],
@@ -14,6 +14,15 @@ const HEADLINES = [
     (f.get("code.dirty") ? " + changes" : "")],
   ["config", (f) => f.get("config_fingerprint")?.slice(0, 10)],
 ];
+
+// The time of all attempts, as far as it is known.
+function took(times) {
+  if (!times) return null;
+  const [seconds, attempts, unknown] = times;
+  if (attempts === 1) return duration(seconds);
+  return `${duration(seconds)} in ${attempts} attempts` +
+    (unknown ? `, ${unknown} of unknown length left out` : "");
+}
 
 function devices(facts) {
   const number = facts.get("devices.count");
@@ -24,7 +33,7 @@ function devices(facts) {
 function runsSection() {
   const found = data.runs.map((run) => {
     const known = new Map(run.facts);
-    return HEADLINES.map(([, read]) => read(known) || "");
+    return HEADLINES.map(([, read]) => read(known, run) || "");
   });
   const used = HEADLINES.map((_, i) => found.some((facts) => facts[i]));
   const made = data.runs.map(() => ({ done: 0, failed: 0, missing: 0, s: [] }));
@@ -33,6 +42,7 @@ function runsSection() {
     if (clip.seconds !== undefined) made[clip.run].s.push(clip.seconds);
   }
   const clips = data.clips.length > 0;
+  const planned = data.runs.some((run) => run.left !== null);
   const timed = made.some((m) => m.s.length);
   const last = data.runs.map((run) => Math.max(0,
     ...Object.values(run.curves).map(([x]) => x[x.length - 1])));
@@ -53,6 +63,8 @@ function runsSection() {
         numeric(failed.toLocaleString("en"), failed ? "bad" : "quiet"),
         numeric(missing.toLocaleString("en"), missing ? "bad" : "quiet"),
       ] : null,
+      planned ? numeric(run.left === null ? "–" : run.left.toLocaleString("en"),
+        run.left ? "" : "quiet") : null,
       timed ? numeric(mean === null ? "–" : duration(mean)) : null,
       HEADLINES.map(([name], j) => {
         if (!used[j]) return null;
@@ -67,6 +79,7 @@ function runsSection() {
     el("div", { class: "scroll fit" }, table([
       "run", ...(trained ? [head("steps")] : []),
       ...(clips ? ["done", "failed", "missing"].map(head) : []),
+      ...(planned ? [head("left")] : []),
       ...(timed ? [head("per clip")] : []),
       ...HEADLINES.filter((_, j) => used[j]).map(([name]) => name),
     ], rows)),
@@ -120,8 +133,9 @@ function evaluationSection() {
   const rows = keys.map(([file, metric]) => {
     const results = data.runs.map((run) => run.evaluations[file]?.[metric]);
     const there = results.filter((r) => r);
-    const uneven = new Set(there.map((r) => r.n)).size > 1;
     const names = [...new Set(there.map((r) => r.name).filter((x) => x))];
+    const uneven = names.length > 1 ||
+      new Set(there.map((r) => r.n)).size > 1;
     return el("tr", {},
       el("th", {}, plain(metric),
         files > 1 ? el("span", { class: "quiet" }, ` ${plain(file)}`) : null,
