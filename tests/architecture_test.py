@@ -22,7 +22,7 @@ LAYERS = (
   {"weights", "lora", "manifest", "orbaxfile"},
   {"encoders"},
   {"models"},
-  {"video", "checkpoint", "adapters", "publish"},
+  {"filelock", "video", "checkpoint", "adapters", "publish"},
   {"ledger", "clips", "modelmark", "writer"},
   {"workdir", "statefile", "runs", "preemption", "progress"},
   {"environment", "filehashes", "fingerprint", "outputs", "provenance"},

@@ -1,7 +1,14 @@
 import fcntl
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
-from vidgen import ledger
+import pytest
+
+import vidgen
+from vidgen import errors, ledger
 
 
 def write(path, *records, torn=""):
@@ -71,6 +78,34 @@ def test_a_file_that_another_job_removes_meanwhile_is_made_anew(
   second.append({"index": 0, "name": "0_a", "status": "done"})
   second.close()
   assert len(ledger.read(tmp_path)) == 1
+
+
+HOLD = """
+import pathlib, sys, time
+from vidgen import ledger
+held = ledger.Ledger(pathlib.Path(sys.argv[1]))
+held.append({"index": 0, "name": "0_a", "status": "done"})
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_process_has_the_file_until_it_is_killed(tmp_path):
+  argv = [sys.executable, "-c", HOLD, os.fspath(tmp_path)]
+  root = pathlib.Path(vidgen.__file__).parents[1]
+  with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=root) as other:
+    try:
+      assert other.stdout.readline() == b"held\n"
+      with pytest.raises(errors.InputError, match="another job is writing it"):
+        ledger.Ledger(tmp_path)
+      with pytest.raises(errors.InputError, match="in another way"):
+        ledger.Ledger(tmp_path, 0, 2)
+    finally:
+      other.kill()
+  held = ledger.Ledger(tmp_path)
+  held.append({"index": 1, "name": "1_a", "status": "done"})
+  held.close()
+  assert [r["name"] for r in ledger.read(tmp_path)] == ["0_a", "1_a"]
 
 
 def test_damage_is_found(tmp_path):

@@ -664,6 +664,26 @@ def test_two_jobs_do_not_write_one_ledger(tmp_path, pipeline):
   assert sample.run(job).clips == 1
 
 
+def test_of_two_jobs_at_once_one_is_refused(tmp_path, pipeline, monkeypatch):
+  job, made = many(tmp_path, 3), pipeline.sample
+  said = []
+
+  def sample_and_start_another(prompt, **arguments):
+    monkeypatch.setattr(pipeline, "sample", made)
+    with pytest.raises(errors.InputError) as caught:
+      sample.run(job)
+    said.append(str(caught.value))
+    return made(prompt, **arguments)
+
+  monkeypatch.setattr(pipeline, "sample", sample_and_start_another)
+  assert sample.run(job).clips == 3
+  assert "clips.jsonl: another job is writing it" in said[0]
+  lines = (tmp_path / "out/clips.jsonl").read_text().splitlines()
+  assert [json.loads(line)["index"] for line in lines] == [0, 1, 2]
+  held = json.loads((tmp_path / "out/manifest.json").read_text())
+  assert [a["exit"]["reason"] for a in held["attempts"]] == ["done"]
+
+
 def test_shards_share_the_work(tmp_path, pipeline):
   whole = many(tmp_path, 7, batch_size=2)
   sample.run(whole)

@@ -5,9 +5,7 @@ of a name, which is one clip, the last counts. A line that a killed job left
 half written counts for nothing, and is cut off when the job goes on.
 """
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -19,7 +17,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from vidgen import errors, video
+from vidgen import errors, filelock, video
 
 FILE = "clips.jsonl"
 DONE, FAILED = "done", "failed"
@@ -153,11 +151,12 @@ class Ledger:
     self.path = folder / file_name(shard, shards)
     # Failures are told by one thread, what was written by another: a line that
     # is taken back must not take the other's along.
-    self._lock = threading.Lock()
+    self._appending = threading.Lock()
     try:
       # A job that ends removes an empty file: another may have opened it.
       while not self._open():
-        self._file.close()
+        self._lock.release()
+      self._file = self._lock.file
       self._check_splits(folder, shards)
       self._cut()
     except OSError as error:
@@ -167,21 +166,16 @@ class Ledger:
 
   def _open(self) -> bool:
     """Opens and locks the file; says whether it is still the one there."""
-    self._file = self.path.open("ab+", buffering=0)
     try:
-      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      self._lock = filelock.Lock(self.path)
     except BlockingIOError as error:
-      self._file.close()
       raise errors.InputError(
         f"{self.path}: another job is writing it; wait for its end, choose "
         "another --out, or split the work by --shard=i/n."
       ) from error
-    except OSError as error:
-      # Some file systems have no locks.
-      if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-        raise
+    held = os.fstat(self._lock.file.fileno())
     try:
-      return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+      return os.path.samestat(held, self.path.stat())
     except FileNotFoundError:
       return False
 
@@ -191,17 +185,12 @@ class Ledger:
       other = re.search(r"-of-(\d+)\.jsonl$", path.name)
       if (int(other[1]) if other else 1) == shards:
         continue
-      with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        try:
-          fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-          self._file.close()
-          raise errors.InputError(
-            f"{path}: a job that splits the work in another way is writing it; "
-            "wait for its end."
-          ) from error
-        except OSError:
-          continue
+      if filelock.is_locked(path):
+        self._lock.release()
+        raise errors.InputError(
+          f"{path}: a job that splits the work in another way is writing it; "
+          "wait for its end."
+        )
 
   def _cut(self) -> None:
     """Ends the file after its last whole line."""
@@ -226,7 +215,7 @@ class Ledger:
     text = json.dumps(record, ensure_ascii=False) + "\n"
     # A name of a file that is no Unicode, as JSON escapes it.
     line = text.encode("utf-8", "backslashreplace")
-    with self._lock:
+    with self._appending:
       self._append(line)
 
   def _append(self, line: bytes) -> None:
@@ -248,4 +237,4 @@ class Ledger:
     empty = self._file.seek(0, os.SEEK_END) == 0
     if empty:
       self.path.unlink(missing_ok=True)
-    self._file.close()
+    self._lock.release()
