@@ -162,6 +162,9 @@ def write_gif(
 ) -> None:
   """Writes a GIF that loops for ever, all frames in one palette.
 
+  Frames that are alike are frames of their own. Above 100 per second some are
+  left out, for GIF counts hundredths of a second.
+
   Raises:
     InputError: No frame at all.
     StorageError: It could not be written.
@@ -172,20 +175,33 @@ def write_gif(
   # flicker from frame to frame.
   sample = frames[np.linspace(0, len(frames) - 1, 8).astype(int)]
   palette = PIL.Image.fromarray(np.concatenate(sample)).quantize(256)
-  images = [PIL.Image.fromarray(x).quantize(palette=palette) for x in frames]
-  # GIF counts hundredths of a second: round the times, not the durations, or
-  # the error adds up.
-  ends = [round(100 * i / fps) for i in range(len(frames) + 1)]
-  durations = [10 * (b - a) for a, b in itertools.pairwise(ends)]
-  with atomic(path) as temporary:
-    images[0].save(
-      temporary,
-      format="GIF",
-      save_all=True,
-      append_images=images[1:],
-      duration=durations,
-      loop=0,
-    )
+  colors = np.zeros((256, 4), np.uint8)
+  colors[:, 0] = 255  # Opaque.
+  rgb = np.frombuffer(palette.palette.tobytes(), np.uint8).reshape(-1, 3)
+  colors[: len(rgb), 1:] = rgb
+  # Round the times, not the durations, or the error adds up.
+  times = [round(100 * i / fps) for i in range(len(frames) + 1)]
+  times[-1] = max(1, times[-1])
+  shown = [(b - a, a) for a, b in itertools.pairwise(times)]
+  final = next(duration for duration, _ in reversed(shown) if duration)
+  # Not by Pillow, which would make one frame of those that are alike.
+  options = {"loop": "0", "final_delay": str(final)}
+  with (
+    atomic(path) as temporary,
+    av.open(os.fspath(temporary), "w", "gif", options=options) as file,
+  ):
+    stream = file.add_stream("gif", rate=100)
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt = "pal8"
+    for pixels, (duration, time) in zip(frames, shown, strict=True):
+      if not duration:
+        continue
+      image = PIL.Image.fromarray(pixels).quantize(palette=palette)
+      pair = np.asarray(image), colors
+      frame = av.VideoFrame.from_ndarray(pair, format="pal8")
+      frame.pts = time
+      file.mux(stream.encode(frame))
+    file.mux(stream.encode())
 
 
 def write_png_frames(
