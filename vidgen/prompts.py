@@ -7,10 +7,12 @@ import json
 import math
 import os
 import pathlib
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from vidgen import errors, prompt_records
+from vidgen import errors, prompt_records, tensorheader
 
 # What a line may set, and the type of each. `sample.SampleConfig` has fields
 # of the same names.
@@ -152,25 +154,82 @@ def sift(path: str | os.PathLike) -> list[Line | Bad]:
   DIR:SPLIT is a split of a data set of TFDS, of which the captions are taken.
   Paths of images and videos are relative to the file's folder.
 
+  Columns and keys of other names are passed over, with one warning that names
+  them. One that is all but the name of a field, which is not there beside it,
+  is an error: of the whole .csv, or of its line.
+
   Raises:
     InputError: The file as a whole cannot be read.
   """
   name, path = os.fspath(path), pathlib.Path(path)
   folder, _, split = name.rpartition(":")
+  others = _Others()
   if split and (pathlib.Path(folder) / "dataset_info.json").is_file():
     rows = prompt_records.read_dataset(pathlib.Path(folder), split)
   elif path.suffix.lower() == ".array_record":
     records = prompt_records.read_array_record(path)
-    rows = ((n, _from_record(f"{path}:{n}", data)) for n, data in records)
+    rows = (
+      (n, _from_record(f"{path}:{n}", data, others)) for n, data in records
+    )
   else:
-    rows = _read_text(path)
+    rows = _read_text(path, others)
   lines = [_line(path, number, values) for number, values in rows]
   if not lines:
     raise errors.InputError(f"{path}: holds no prompt.")
+  if others.first:
+    names = tensorheader.listed(
+      map(tensorheader.short, sorted(others.first)), 8
+    )
+    where = next(iter(others.first.values()))
+    warnings.warn(
+      f"{where}: {names} are passed over; the fields are {', '.join(TYPES)}.",
+      stacklevel=2,
+    )
   return lines
 
 
-def _read_text(path: pathlib.Path) -> "Rows":
+class _Others:
+  """Names in a file that are no fields.
+
+  Attributes:
+    first: Where each stands first.
+  """
+
+  def __init__(self):
+    self.first: dict[str, str] = {}
+    # Thousands of lines have the same names.
+    self._known: dict[frozenset[str], set[str]] = {}
+
+  def among(self, where: str, names: Iterable[str]) -> set[str]:
+    """Returns those among the names of a line.
+
+    Raises:
+      InputError: One is probably meant to be a field.
+    """
+    names = frozenset(names)
+    if names not in self._known:
+      missing = [field for field in TYPES if field not in names]
+      for name in sorted(names - TYPES.keys()):
+        if field := _meant(name, missing):
+          raise errors.InputError(
+            f"{where}: unknown field {name!r}. Did you mean {field}? "
+            f"The fields are {', '.join(TYPES)}."
+          )
+      self._known[names] = names - TYPES.keys()
+    for name in self._known[names]:
+      self.first.setdefault(name, where)
+    return self._known[names]
+
+
+def _meant(name: str, fields: Iterable[str]) -> str | None:
+  """Returns the field that a name is probably meant to be."""
+  plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
+  # `steps` is num_steps; `index`, which tables have, is not video.
+  matches = difflib.get_close_matches(plain, list(fields), n=1, cutoff=0.7)
+  return matches[0] if matches else None
+
+
+def _read_text(path: pathlib.Path, others: _Others) -> "Rows":
   formats = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
   if path.suffix.lower() not in formats:
     raise errors.InputError(
@@ -183,7 +242,7 @@ def _read_text(path: pathlib.Path) -> "Rows":
     raise errors.InputError(
       f"{path}: cannot read the prompts: {error.strerror}."
     ) from error
-  return formats[path.suffix.lower()](path, _decode(path, data))
+  return formats[path.suffix.lower()](path, _decode(path, data), others)
 
 
 def check(name: str, value: Any, where: str) -> Any:
@@ -261,8 +320,10 @@ def _decode(path: pathlib.Path, data: bytes) -> list[str | errors.InputError]:
 Rows = Iterator[tuple[int, dict[str, Any] | errors.InputError]]
 
 
-def _read_txt(path: pathlib.Path, lines: list[str | errors.InputError]) -> Rows:
-  del path
+def _read_txt(
+  path: pathlib.Path, lines: list[str | errors.InputError], others: _Others
+) -> Rows:
+  del path, others
   for number, line in enumerate(lines, 1):
     if isinstance(line, errors.InputError):
       yield number, line
@@ -270,7 +331,9 @@ def _read_txt(path: pathlib.Path, lines: list[str | errors.InputError]) -> Rows:
       yield number, {"prompt": line.strip()}
 
 
-def _read_csv(path: pathlib.Path, lines: list[str | errors.InputError]) -> Rows:
+def _read_csv(
+  path: pathlib.Path, lines: list[str | errors.InputError], others: _Others
+) -> Rows:
   for line in lines:
     if isinstance(line, errors.InputError):
       # It may be part of any row.
@@ -284,6 +347,7 @@ def _read_csv(path: pathlib.Path, lines: list[str | errors.InputError]) -> Rows:
       if any(cell.strip() for cell in row):
         if header is None:
           header = _header(where, row)
+          unknown = others.among(where, header)
         elif len(row) != len(header):
           yield (
             number,
@@ -294,7 +358,8 @@ def _read_csv(path: pathlib.Path, lines: list[str | errors.InputError]) -> Rows:
           )
         else:
           cells = zip(header, (cell.strip() for cell in row), strict=True)
-          yield number, {k: _number(k, v) for k, v in cells if v}
+          known = [(k, v) for k, v in cells if v and k not in unknown]
+          yield number, {k: _number(k, v) for k, v in known}
       number = reader.line_num + 1
   except csv.Error as error:
     if header is None:
@@ -311,10 +376,9 @@ def _header(where: str, row: list[str]) -> list[str]:
     raise errors.InputError(
       f"{where}: the header names no column `prompt`.{_like_prompt(names)}"
     )
-  if len(set(names)) < len(names):
+  fields = [name for name in names if name in TYPES]
+  if len(set(fields)) < len(fields):
     raise errors.InputError(f"{where}: the header names a column twice.")
-  for name in names:
-    _known(where, name)
   return names
 
 
@@ -333,27 +397,31 @@ def _number(name: str, text: str) -> Any:
 
 
 def _read_jsonl(
-  path: pathlib.Path, lines: list[str | errors.InputError]
+  path: pathlib.Path, lines: list[str | errors.InputError], others: _Others
 ) -> Rows:
   for number, line in enumerate(lines, 1):
     if isinstance(line, errors.InputError):
       yield number, line
     elif line.strip():
-      yield number, _from_json(f"{path}:{number}", line)
+      yield number, _from_json(f"{path}:{number}", line, others)
 
 
-def _from_record(where: str, data: bytes) -> dict[str, Any] | errors.InputError:
+def _from_record(
+  where: str, data: bytes, others: _Others
+) -> dict[str, Any] | errors.InputError:
   """Returns what a record says: an object of JSON, or else a prompt."""
   try:
     text = data.decode("utf-8").strip()
   except UnicodeDecodeError:
     return errors.InputError(f"{where}: is not UTF-8.")
   if text.startswith("{"):
-    return _from_json(where, text)
+    return _from_json(where, text, others)
   return {"prompt": text}
 
 
-def _from_json(where: str, text: str) -> dict[str, Any] | errors.InputError:
+def _from_json(
+  where: str, text: str, others: _Others
+) -> dict[str, Any] | errors.InputError:
   """Returns what an object of JSON says."""
   try:
     values = json.loads(text, object_pairs_hook=_pairs)
@@ -368,11 +436,11 @@ def _from_json(where: str, text: str) -> dict[str, Any] | errors.InputError:
       f'{where}: must be an object such as {{"prompt": "A panda."}}.'
     )
   try:
-    for name in values:
-      _known(where, name)
+    unknown = others.among(where, values)
   except errors.InputError as error:
     return error
-  return {k: v for k, v in values.items() if v is not None}
+  known = [(k, v) for k, v in values.items() if k not in unknown]
+  return {k: v for k, v in known if v is not None}
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -381,14 +449,6 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(values) < len(pairs):
     raise ValueError("a key stands there twice")
   return values
-
-
-def _known(where: str, name: str) -> None:
-  if name not in TYPES:
-    raise errors.InputError(
-      f"{where}: unknown field {name!r}.{closest(name, TYPES)} "
-      f"The fields are {', '.join(TYPES)}."
-    )
 
 
 def _count(values: dict[str, Any] | errors.InputError) -> int | None:
