@@ -32,6 +32,29 @@ def test_the_last_line_of_a_clip_counts_and_a_torn_one_does_not(tmp_path):
   assert told == [(0, "done"), (1, "failed"), (2, "done")]
 
 
+def test_damaged_lines_are_found_and_no_clip_is_done_by_them(tmp_path):
+  good = {"index": 0, "name": "0_a", "status": "done"}
+  lines = [
+    json.dumps(good),
+    '{"index": 1, "name": "1_a", "statu',
+    "",
+    '{"index": 2, "name": "2_a", "status": "dome"}',
+    "\0" * 9,
+    "[3]",
+    '{"name": "4_a", "status": "done"}',
+    json.dumps({**good, "index": 5, "name": "5_a"}),
+  ]
+  path = tmp_path / "clips.jsonl"
+  path.write_text("\n".join(lines) + "\n")
+  want = [f"clips.jsonl:{number}" for number in (2, 4, 5, 6, 7)]
+  assert ledger.damaged(tmp_path) == want
+  told = [(r["name"], r["status"]) for r in ledger.read(tmp_path)]
+  assert told == [("0_a", "done"), ("2_a", "failed"), ("5_a", "done")]
+  # What a killed job was about to write is no damage.
+  write(path, good, torn='{"index": 3, "sta')
+  assert ledger.damaged(tmp_path) == []
+
+
 def test_clips_of_two_jobs_are_both_there_and_mended_failures_are_not(tmp_path):
   write(
     tmp_path / "clips.jsonl",

@@ -170,6 +170,30 @@ def test_a_torn_line_and_a_lost_ledger(tmp_path, pipeline):
   assert jobs.hashes(out) == want
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_damaged_lines_are_told_and_their_clips_made_anew(
+  tmp_path, pipeline, count
+):
+  job = jobs.many(tmp_path, 4)
+  sample.run(job)
+  out = tmp_path / "out"
+  path, want = out / "clips.jsonl", jobs.hashes(out)
+  lines = path.read_bytes().splitlines(keepends=True)
+  for number in range(1, 1 + count):
+    lines[number] = lines[number].replace(b'"index"', b'"ind')
+  path.write_bytes(b"".join(lines))
+  said = io.StringIO()
+  assert sample.run(job, progress.create(said)).clips == count
+  told = [x for x in said.getvalue().splitlines() if x.startswith("WARNING")]
+  more = " and 1 more" if count == 2 else ""
+  assert told == [
+    f"WARNING: {path}:2{more}: damaged; clips of which nothing else tells are "
+    "made anew"
+  ]
+  assert jobs.hashes(out) == want
+  assert sample.run(job).clips == 0
+
+
 def test_what_a_killed_job_left_is_swept(tmp_path, pipeline):
   job = jobs.many(tmp_path, 2)
   sample.run(job)

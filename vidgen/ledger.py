@@ -59,23 +59,48 @@ def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
   return sorted(kept, key=lambda record: record["index"])
 
 
+def damaged(folder: str | os.PathLike) -> list[str]:
+  """Returns where lines are that count for nothing, "clips.jsonl:3".
+
+  Not the last one of a file where it has no end: a killed job leaves that.
+  """
+  return [
+    f"{path.name}:{number}"
+    for path in sorted(pathlib.Path(folder).glob("clips*.jsonl"))
+    for number, line in enumerate(_pieces(path)[:-1], 1)
+    if line.strip() and not _is_good(_parsed(line))
+  ]
+
+
+def _is_good(record: dict[str, Any] | None) -> bool:
+  # Lines of an older make have no status.
+  statuses = (None, DONE, FAILED)
+  return record is not None and record.get("status") in statuses
+
+
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
   """The whole lines of a file; what is no line of a ledger is left out."""
-  result = []
+  parsed = map(_parsed, _pieces(path))
+  return [_checked(record) for record in parsed if record is not None]
+
+
+def _pieces(path: pathlib.Path) -> list[bytes]:
+  """The lines of a file; the last of them is what has no end."""
   try:
-    data = path.read_bytes()
+    return path.read_bytes().split(b"\n")
   except FileNotFoundError:
     # A job that wrote nothing has removed it since.
-    return []
-  for line in data.split(b"\n"):
-    try:
-      record = json.loads(line)
-      index = record["index"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-      continue
-    if type(index) is int:
-      result.append(_checked(record))
-  return result
+    return [b""]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+  """What a line says; None if it is no line of a ledger."""
+  try:
+    record = json.loads(line)
+    index = record["index"]
+  except (ValueError, TypeError, KeyError, RecursionError):
+    return None
+  return record if type(index) is int else None
 
 
 def _checked(record: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +112,7 @@ def _checked(record: dict[str, Any]) -> dict[str, Any]:
   if not isinstance(name, str):
     # Lines of an older make have no name, nor a status.
     name = os.path.splitext(files[0])[0] if files else None
-  status = FAILED if record.get("status") == FAILED else DONE
+  status = DONE if record.get("status") in (None, DONE) else FAILED
   for key in ("bytes", "sha256"):
     if not isinstance(record.get(key, {}), dict):
       del record[key]

@@ -128,6 +128,12 @@ class Folder:
     verify: bool,
   ) -> np.ndarray:
     """Says of each clip whether it is there, whole."""
+    if damaged := ledger.damaged(self.path):
+      more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
+      say(
+        f"WARNING: {self.path / damaged[0]}{more}: damaged; clips of which "
+        "nothing else tells are made anew"
+      )
     held = {r["name"]: r for r in ledger.read(self.path)}
     mine = {*self.names.values(), None}
     others = [n for n, r in held.items() if n not in mine and r["files"]]
