@@ -14,8 +14,10 @@ from vidgen import (
   errors,
   ledger,
   progress,
+  provenance,
   repro,
   sample,
+  sharding,
 )
 
 
@@ -330,6 +332,37 @@ def test_the_manifest_is_of_the_jobs_own_clips(tmp_path, pipeline):
       sample.run(dataclasses.replace(job, **parts))
   report = repro.check(tmp_path / "out", tmp_path / "four")
   assert report.outputs.lines[0] == "clips in both: 4, of them equal 4"
+
+
+def test_a_job_that_is_killed_at_its_end_keeps_its_mesh(
+  tmp_path, pipeline, monkeypatch
+):
+  job, path = jobs.many(tmp_path, 2), tmp_path / "out/manifest.json"
+  pipeline.mesh = sharding.make_mesh({"cfg": 2, "context": 4})
+  read = lambda: json.loads(path.read_text())
+  want = {"axes": {"cfg": 2, "context": 4}, "devices": 8}
+  with monkeypatch.context() as killed:
+    end = lambda record, error: record._pool.shutdown()
+    killed.setattr(provenance.Record, "finish", end)
+    sample.run(job)
+  assert read()["exit"]["reason"] == "running"
+  assert read()["mesh"] == want
+  pipeline.calls.clear()
+  # Other clips say nothing of these.
+  pipeline.mesh = sharding.make_mesh({"cfg": 2})
+  sample.run(dataclasses.replace(job, seed=1))
+  sample.run(job)
+  assert len(pipeline.calls) == 2
+  held = read()
+  assert held["mesh"] == want and held["exit"]["code"] == 0
+  meshes = [attempt["mesh"]["devices"] for attempt in held["attempts"]]
+  assert meshes == [8, 2, 8]
+  # Where nobody has told it, it is not known.
+  for attempt in held["attempts"]:
+    attempt["mesh"] = None
+  path.write_text(json.dumps({**held, "outputs": None}))
+  sample.run(job)
+  assert read()["mesh"] is None
 
 
 def test_a_folder_of_another_kind_of_run_is_refused(tmp_path, pipeline):

@@ -126,9 +126,9 @@ class _Job:
       )
     if not self.todo and self.folder.is_recorded():
       return self._summary()
-    with self.folder.recording(origin) as record:
+    mesh = self.pipeline.mesh if self.todo else None
+    with self.folder.recording(origin, mesh) as record:
       if self.todo:
-        record.mesh(self.pipeline.mesh)
         if self.pipeline.why_mesh:
           self.progress.say(self.pipeline.why_mesh)
         self._make_all()

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from vidgen import (
@@ -205,10 +206,16 @@ class Folder:
 
   @contextlib.contextmanager
   def recording(
-    self, origin: provenance.Origin | None
+    self, origin: provenance.Origin | None, mesh: Mesh | None
   ) -> Iterator[provenance.Record]:
-    """Records the job in its manifest; see `provenance.recording`."""
+    """Records the job in its manifest; see `provenance.recording`.
+
+    Args:
+      origin: How the job was called.
+      mesh: On which clips are made; None where none is left to be made.
+    """
     config = self._config
+    mesh = self._known_mesh() if mesh is None else mesh
     with provenance.recording(
       self.path,
       "sample",
@@ -218,6 +225,11 @@ class Folder:
       name=self._manifest.name,
     ) as record:
       record.seeds(seed=config.seed)
+      if mesh is not None:
+        record.mesh(mesh)
+      if self._lines is not None:
+        # Of a job that is killed this is all that is known.
+        record.write()
       record.outputs(self._outputs)
       record.weights(self._checkpoint)
       names = collections.Counter()
@@ -232,6 +244,21 @@ class Folder:
         if path is not None and pathlib.Path(path).exists():
           record.inputs(path, name)
       yield record
+
+  def _known_mesh(self) -> Mesh | None:
+    """The mesh of this job's last attempt that told it, without devices."""
+    if not self._manifest.exists():
+      return None
+    config = fingerprint.plain(self._config)
+    mark = fingerprint.fingerprint(config, _IDLE)
+    try:
+      attempts = outputs.read_json(self._manifest)["attempts"]
+      told = [a["mesh"] for a in attempts if a["config_fingerprint"] == mark]
+      axes = next(mesh for mesh in reversed(told) if mesh is not None)["axes"]
+      # An axis of one device more is left out of what is told.
+      return Mesh(np.empty((1, *axes.values()), object), ("", *axes))
+    except (KeyError, TypeError, ValueError, StopIteration):
+      return None
 
   def _outputs(self) -> dict[str, Any]:
     """Returns what there is of the job's clips, whoever made them."""
