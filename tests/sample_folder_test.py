@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import time
 
 import PIL.Image
 import pytest
@@ -213,6 +214,28 @@ def test_what_a_killed_job_left_is_swept(tmp_path, pipeline):
   sample.run(job)
   assert not leftover.exists() and not folder.exists() and other.exists()
   assert not manifest.exists()
+
+
+def test_what_other_jobs_left_is_swept_when_it_is_old(tmp_path, pipeline):
+  job, out = jobs.many(tmp_path, 2), tmp_path / "out"
+  sample.run(job)
+  mark, clip = "0123456789abcdef", "000009_0123456789ab"
+  stems = (clip, "report", "manifest-00001-of-00003")
+  kinds = ("tmp.mp4", "tmp.gif", "tmp.npz", "tmp.html", "tmp.json")
+  left = [out / f".{a}.{mark}.{b}" for a in stems for b in kinds]
+  folders = [out / f".{clip}.{mark}.{kind}" for kind in ("tmp", "old")]
+  others = [out / ".keep", out / f".{clip}.mp4", out / f".{mark}.tmp.mp4"]
+  for folder in folders:
+    folder.mkdir()
+  for path in (*left, *others, *(folder / "000000.png" for folder in folders)):
+    path.write_bytes(b"half")
+  sample.run(job)
+  assert all(path.exists() for path in (*left, *folders, *others))
+  for path in (*left, *folders, *others):
+    os.utime(path, (time.time() - 4000,) * 2)
+  sample.run(job)
+  assert not any(path.exists() for path in (*left, *folders))
+  assert all(path.exists() for path in others)
 
 
 def test_two_jobs_do_not_write_one_ledger(tmp_path, pipeline):

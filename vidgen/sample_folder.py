@@ -115,10 +115,15 @@ class Folder:
     return [clip for clip, there in pairs if not there]
 
   def _sweep(self) -> None:
-    """Removes what killed jobs of this part left behind, half written."""
+    """Removes what killed jobs left behind, half written.
+
+    What was to be a file of this part of the job is nobody else's. Of other
+    jobs, which may be at work, only what is old.
+    """
     names = {*self.names.values(), self._manifest.stem}
     for path in self.path.glob(".*"):
-      if video.target_of(path) in names:
+      target = video.target_of(path)
+      if target in names or (target is not None and video.is_old(path)):
         video.remove(path)
 
   def _done(

@@ -14,6 +14,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,9 @@ Path = str | os.PathLike
 # H.264's number for BT.709, which players assume for untagged HD but not for
 # untagged SD video; a tag makes the colours the same at every size.
 _BT709 = 1
+
+# Seconds after which whoever has not touched a temporary file was killed.
+_OLD = 3600
 
 _LOCAL = {"protocol_whitelist": "file"}
 
@@ -98,6 +102,14 @@ def target_of(path: Path) -> str | None:
   """
   found = _HIDDEN.fullmatch(pathlib.Path(path).name)
   return found[1] if found else None
+
+
+def is_old(path: Path) -> bool:
+  """Says whether a temporary file is so old that nobody is filling it."""
+  try:
+    return time.time() - os.stat(path).st_mtime > _OLD
+  except FileNotFoundError:
+    return False
 
 
 def remove(path: Path) -> None:
