@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
 
 import vidgen
 from vidgen import errors, hosts, rollcall
+from vidgen.cli import cache, main
 
 ROOT = pathlib.Path(vidgen.__file__).parent.parent
 
@@ -122,6 +124,84 @@ def test_tasks_that_share_a_nodes_devices():
   # Where SLURM has split them, each sees its own alone.
   environ["CUDA_VISIBLE_DEVICES"] = "0"
   assert hosts.find(environ).local_devices is None
+
+
+# Tasks a node, what each sees, what else is said, and the shares of the tasks.
+SHARES = {
+  "one each": ("4", "0,1,2,3", {}, [(0,), (1,), (2,), (3,)]),
+  "several each": ("2(x3)", "4,5,6,7", {}, [(0, 1), (2, 3)]),
+  "by their names": ("2", "GPU-a,GPU-b", {}, [(0,), (1,)]),
+  "some left over": ("2", "0,1,2", {}, [(0,), (1,)]),
+  "of this node": ("1,2(x2)", "0,1", {"SLURM_NODEID": "2"}, [(0,), (1,)]),
+  "alone on its node": ("1,2", "0,1", {"SLURM_NODEID": "0"}, [None]),
+  "all of the step": ("2", "0,1", {"SLURM_GPUS_ON_NODE": "2"}, [(0,), (1,)]),
+  "bound": ("2", "0,1", {"SLURM_GPUS_ON_NODE": "4"}, [None, None]),
+  "bound, one each": ("2", "0", {"SLURM_GPUS_ON_NODE": "2"}, [None, None]),
+  "asked for": ("2", "0,1", {"SLURM_GPUS_PER_TASK": "2"}, [None, None]),
+  "of a kind": ("2", "0,1", {"SLURM_GPUS_PER_TASK": "a100:2"}, [None, None]),
+  "asked for, not bound": (
+    "2",
+    "0,1,2,3",
+    {"SLURM_GPUS_PER_TASK": "2"},
+    [(0, 1), (2, 3)],
+  ),
+  "none": ("2", "", {}, [None, None]),
+  "not wanted": ("4", "0,1", {"JAX_PLATFORMS": "cpu"}, [None]),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_shares_of_a_nodes_gpus(name):
+  tasks, seen, more, want = SHARES[name]
+  environ = {
+    **PLACES["slurm"][0],
+    "SLURM_STEP_TASKS_PER_NODE": tasks,
+    "CUDA_VISIBLE_DEVICES": seen,
+    **more,
+  }
+  got = [
+    hosts.find({**environ, "SLURM_LOCALID": str(i)}).local_devices
+    for i in range(len(want))
+  ]
+  assert got == want
+
+
+@pytest.mark.parametrize(
+  ("seen", "more"), [("0,1", {}), ("0", {"SLURM_GPUS_ON_NODE": "1"})]
+)
+def test_more_tasks_than_gpus_are_refused(seen, more):
+  environ = {
+    **PLACES["slurm"][0],
+    "SLURM_STEP_TASKS_PER_NODE": "4",
+    "CUDA_VISIBLE_DEVICES": seen,
+    **more,
+  }
+  with pytest.raises(errors.InputError, match=r"4 tasks, .* [12] in all"):
+    hosts.take_devices(environ)
+  hosts.take_devices({**environ, hosts.PROCESSES: "1"})
+
+
+def test_tasks_that_work_apart_take_their_share(monkeypatch, tmp_path):
+  updates = []
+  monkeypatch.setattr(jax.config, "update", lambda *pair: updates.append(pair))
+  environ = {
+    **PLACES["slurm"][0],
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+    "SLURM_LOCALID": "1",
+  }
+  hosts.take_devices({})
+  hosts.take_devices({**environ, "CUDA_VISIBLE_DEVICES": "0"})
+  assert not updates
+  hosts.take_devices(environ)
+  assert updates == [("jax_cuda_visible_devices", "2,3")]
+  # The command does so, whoever says which part it makes.
+  for name, value in environ.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setenv("JAX_PLATFORMS", "")
+  monkeypatch.setattr(cache, "enable", lambda: None)
+  prompts = f"--prompts={tmp_path / 'no.txt'}"
+  assert main.main(["sample", prompts, "--shard=0/2"]) == 2
+  assert updates[1:] == updates[:1]
 
 
 @pytest.mark.parametrize("form", ["10.0.0.{}", "w-{}:{}:10.0.0.{}"])

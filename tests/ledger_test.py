@@ -1,7 +1,14 @@
 import fcntl
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
-from vidgen import ledger
+import pytest
+
+import vidgen
+from vidgen import errors, ledger
 
 
 def write(path, *records, torn=""):
@@ -23,6 +30,29 @@ def test_the_last_line_of_a_clip_counts_and_a_torn_one_does_not(tmp_path):
   )
   told = [(r["index"], r["status"]) for r in ledger.read(tmp_path)]
   assert told == [(0, "done"), (1, "failed"), (2, "done")]
+
+
+def test_damaged_lines_are_found_and_no_clip_is_done_by_them(tmp_path):
+  good = {"index": 0, "name": "0_a", "status": "done"}
+  lines = [
+    json.dumps(good),
+    '{"index": 1, "name": "1_a", "statu',
+    "",
+    '{"index": 2, "name": "2_a", "status": "dome"}',
+    "\0" * 9,
+    "[3]",
+    '{"name": "4_a", "status": "done"}',
+    json.dumps({**good, "index": 5, "name": "5_a"}),
+  ]
+  path = tmp_path / "clips.jsonl"
+  path.write_text("\n".join(lines) + "\n")
+  want = [f"clips.jsonl:{number}" for number in (2, 4, 5, 6, 7)]
+  assert ledger.damaged(tmp_path) == want
+  told = [(r["name"], r["status"]) for r in ledger.read(tmp_path)]
+  assert told == [("0_a", "done"), ("2_a", "failed"), ("5_a", "done")]
+  # What a killed job was about to write is no damage.
+  write(path, good, torn='{"index": 3, "sta')
+  assert ledger.damaged(tmp_path) == []
 
 
 def test_clips_of_two_jobs_are_both_there_and_mended_failures_are_not(tmp_path):
@@ -71,6 +101,34 @@ def test_a_file_that_another_job_removes_meanwhile_is_made_anew(
   second.append({"index": 0, "name": "0_a", "status": "done"})
   second.close()
   assert len(ledger.read(tmp_path)) == 1
+
+
+HOLD = """
+import pathlib, sys, time
+from vidgen import ledger
+held = ledger.Ledger(pathlib.Path(sys.argv[1]))
+held.append({"index": 0, "name": "0_a", "status": "done"})
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_process_has_the_file_until_it_is_killed(tmp_path):
+  argv = [sys.executable, "-c", HOLD, os.fspath(tmp_path)]
+  root = pathlib.Path(vidgen.__file__).parents[1]
+  with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=root) as other:
+    try:
+      assert other.stdout.readline() == b"held\n"
+      with pytest.raises(errors.InputError, match="another job is writing it"):
+        ledger.Ledger(tmp_path)
+      with pytest.raises(errors.InputError, match="in another way"):
+        ledger.Ledger(tmp_path, 0, 2)
+    finally:
+      other.kill()
+  held = ledger.Ledger(tmp_path)
+  held.append({"index": 1, "name": "1_a", "status": "done"})
+  held.close()
+  assert [r["name"] for r in ledger.read(tmp_path)] == ["0_a", "1_a"]
 
 
 def test_damage_is_found(tmp_path):

@@ -102,6 +102,9 @@ BAD = [
   ("a.txt", b"\xef\xbb\xbfok\r\n\xc3", ":2: .* byte 0xc3 at offset 7"),
   ("a.txt", "A panda.".encode("utf-16"), "UTF-16"),
   ("a.csv", b"prompt,sed\na,1\n", ":1: unknown .*Did you mean seed"),
+  ("a.csv", b"prompt,Num Frames\na,1\n", ":1: .*Did you mean num_frames"),
+  ("a.csv", b"prompt,SEED,id\na,1,2\n", ":1: .*'SEED'. Did you mean seed"),
+  ("a.csv", b"prompt,steps\na,\n", ":1: .*'steps'. Did you mean num_steps"),
   ("a.csv", b"promt\na\n", ":1: .*no column `prompt`.*'promt'"),
   ("a.csv", b"prompt,seed,seed\na,1,1\n", ":1: .*twice"),
   ("a.csv", b"prompt,seed\na\n", ":2: has 1 columns"),
@@ -131,7 +134,39 @@ BAD = [
   ("a.jsonl", b'{"prompt": "a", "strength": NaN}', "above 0"),
   ("a.jsonl", b'{"prompt": "a", "sampler": "ddmi"}', "ddim, dpmpp_2m_sde"),
   ("a.jsonl", b'{"prompt": "a", "num_step": 3}', "Did you mean num_steps"),
+  ("a.jsonl", b'{"prompt": "a"}\n{"promt": "b"}', ":2: .*'promt'. Did you me"),
 ]
+
+
+# Tables as people export them, with columns that are no fields.
+WIDE = {
+  "a.csv": ",prompt,index,seed,,prompt_id\n0,A cat.,7,5,x,1\n1,A dog.,8,,,2\n",
+  "a.jsonl": (
+    '{"prompt": "A cat.", "seed": 5, "index": 7, "": {"a": [1]}}\n'
+    '{"prompt": "A dog.", "index": 8, "prompt_id": null}\n'
+  ),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_what_is_no_field_is_passed_over_with_a_warning(tmp_path, name):
+  with pytest.warns(UserWarning) as caught:
+    lines = read(tmp_path, name, WIDE[name])
+  assert list(map(overrides, lines)) == [
+    {"prompt": "A cat.", "seed": 5},
+    {"prompt": "A dog."},
+  ]
+  (text,) = [str(warning.message) for warning in caught]
+  assert text.startswith(f"{tmp_path / name}:1: ") and "\n" not in text
+  for other in ("'index'", "''", "'prompt_id'"):
+    assert other in text
+  assert "'seed'" not in text
+
+
+def test_a_warning_names_the_line_and_not_every_column(tmp_path):
+  many = ", ".join(f'"column{i}": 1' for i in range(20))
+  with pytest.warns(UserWarning, match=r"a.jsonl:2: .* and 12 more are"):
+    read(tmp_path, "a.jsonl", f'{{"prompt": "a"}}\n{{"prompt": "b", {many}}}')
 
 
 @pytest.mark.parametrize(("name", "data", "message"), BAD)

@@ -72,6 +72,42 @@ def test_gif_loops_and_keeps_time(tmp_path):
   assert np.abs(got[0].astype(int) - make_frames(9)[0]).mean() < 8
 
 
+def gif_frames(path):
+  """The frames of a GIF, and for how long each is shown, in milliseconds."""
+  frames, shown = [], []
+  with PIL.Image.open(path) as image:
+    for i in range(image.n_frames):
+      image.seek(i)
+      shown.append(image.info["duration"])
+      frames.append(np.asarray(image.convert("RGB")))
+  return np.stack(frames), shown
+
+
+@pytest.mark.parametrize("fps", [8, 12.5, 30, 50])
+@pytest.mark.parametrize("order", [[0] * 9, [0, 1, 1, 1, 2, 0, 0, 3, 3], [0]])
+def test_a_gif_has_every_frame_however_alike_they_are(tmp_path, order, fps):
+  path = tmp_path / "a.gif"
+  video.write_gif(path, make_frames(4)[order], fps)
+  frames, shown = gif_frames(path)
+  assert len(frames) == len(order)
+  assert sum(shown) == 10 * round(100 * len(order) / fps)
+  # Alike are those that were.
+  for one, first in enumerate(order):
+    assert np.abs(frames[one].astype(int) - make_frames(4)[first]).mean() < 8
+    np.testing.assert_array_equal(frames[one], frames[order.index(first)])
+  assert len(video.read_video(path)) == len(order)
+
+
+def test_a_gif_faster_than_it_can_count_keeps_its_time(tmp_path):
+  path = tmp_path / "a.gif"
+  video.write_gif(path, make_frames(25), 250)
+  frames, shown = gif_frames(path)
+  # A hundredth of a second has 2.5 frames.
+  assert (len(frames), sum(shown)) == (10, 100)
+  video.write_gif(path, make_frames(2), 1000)
+  assert gif_frames(path)[1] == [10]
+
+
 def test_png_frames_are_exact_and_replace_a_folder(tmp_path):
   frames = make_frames(3)
   for count in (3, 2):

@@ -207,17 +207,74 @@ def _of_slurm(environ: Mapping[str, str]) -> dict[str, Any] | None:
   if not all(name in environ for name in ("SLURM_JOB_ID", *names)):
     return None
   nodes = re.match(r"([^,\[]+)(?:\[(\d+))?", environ["SLURM_STEP_NODELIST"])
-  # Several tasks of a node share its devices, unless SLURM has split them.
-  tasks = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-  shared = tasks[0] != "1" and "," in environ.get("CUDA_VISIBLE_DEVICES", "")
   return {
     "host": "".join(part or "" for part in nodes.groups()),
     # Jobs that share a node have ports of their own.
     "port": 61440 + _number(environ, "SLURM_JOB_ID") % 4096,
     "processes": _number(environ, "SLURM_NTASKS", least=1),
     "process": _number(environ, "SLURM_PROCID"),
-    "local_devices": ((_number(environ, "SLURM_LOCALID"),) if shared else None),
+    "local_devices": _share(environ),
   }
+
+
+def _share(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+  """The GPUs of a task of SLURM, counted among those it sees; None is all.
+
+  Where SLURM binds none to its tasks (`--gpus-per-task` does), all tasks of a
+  node see the same ones, and each takes an even share. JAX's own rule, which
+  `jax.distributed` has for SLURM, is the GPU of the number SLURM_LOCALID, so
+  that two tasks of a node of eight would leave six idle.
+  """
+  tasks = _tasks_here(environ)
+  visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+  seen = [name for name in visible.split(",") if name]
+  if tasks == 1 or not seen or environ.get("JAX_PLATFORMS", "") == "cpu":
+    return None
+  if environ.get("SLURM_GPUS_PER_TASK", "").split(":")[-1] == str(len(seen)):
+    return None
+  # All that the step has on this node. Unless it says so, one is a task's own.
+  known = environ.get("SLURM_GPUS_ON_NODE", "")
+  held = int(known) if known.isdigit() else max(len(seen), 2)
+  if len(seen) < held:
+    return None
+  each = len(seen) // tasks
+  if not each:
+    raise errors.InputError(
+      f"SLURM: this node has {tasks} tasks, which see the same GPUs, "
+      f"{len(seen)} in all; start no more than that on a node "
+      f"(--ntasks-per-node={len(seen)})."
+    )
+  first = each * _number(environ, "SLURM_LOCALID")
+  return tuple(range(first, first + each))
+
+
+def _tasks_here(environ: Mapping[str, str]) -> int:
+  """How many tasks of a step of SLURM this node has, of "4(x2),3" for one."""
+  text = environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+  counts = []
+  for tasks, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+    counts += [int(tasks)] * int(nodes or 1)
+  node = int(environ.get("SLURM_NODEID") or 0)
+  return counts[node] if node < len(counts) else 1
+
+
+def take_devices(environ: Mapping[str, str]) -> None:
+  """Leaves a task of SLURM its share of the GPUs that its node's tasks see.
+
+  For work that is done apart; `joined` does it by itself. To be called before
+  JAX looks for its devices.
+
+  Raises:
+    InputError: There are more tasks than GPUs.
+  """
+  if environ.get(PROCESSES, "") == "1":
+    return
+  devices = (_of_slurm(environ) or {}).get("local_devices")
+  if devices is not None:
+    import jax
+
+    visible = ",".join(map(str, devices))
+    jax.config.update("jax_cuda_visible_devices", visible)
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -5,9 +5,7 @@ of a name, which is one clip, the last counts. A line that a killed job left
 half written counts for nothing, and is cut off when the job goes on.
 """
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -19,7 +17,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from vidgen import errors, video
+from vidgen import errors, filelock, video
 
 FILE = "clips.jsonl"
 DONE, FAILED = "done", "failed"
@@ -61,23 +59,48 @@ def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
   return sorted(kept, key=lambda record: record["index"])
 
 
+def damaged(folder: str | os.PathLike) -> list[str]:
+  """Returns where lines are that count for nothing, "clips.jsonl:3".
+
+  Not the last one of a file where it has no end: a killed job leaves that.
+  """
+  return [
+    f"{path.name}:{number}"
+    for path in sorted(pathlib.Path(folder).glob("clips*.jsonl"))
+    for number, line in enumerate(_pieces(path)[:-1], 1)
+    if line.strip() and not _is_good(_parsed(line))
+  ]
+
+
+def _is_good(record: dict[str, Any] | None) -> bool:
+  # Lines of an older make have no status.
+  statuses = (None, DONE, FAILED)
+  return record is not None and record.get("status") in statuses
+
+
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
   """The whole lines of a file; what is no line of a ledger is left out."""
-  result = []
+  parsed = map(_parsed, _pieces(path))
+  return [_checked(record) for record in parsed if record is not None]
+
+
+def _pieces(path: pathlib.Path) -> list[bytes]:
+  """The lines of a file; the last of them is what has no end."""
   try:
-    data = path.read_bytes()
+    return path.read_bytes().split(b"\n")
   except FileNotFoundError:
     # A job that wrote nothing has removed it since.
-    return []
-  for line in data.split(b"\n"):
-    try:
-      record = json.loads(line)
-      index = record["index"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-      continue
-    if type(index) is int:
-      result.append(_checked(record))
-  return result
+    return [b""]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+  """What a line says; None if it is no line of a ledger."""
+  try:
+    record = json.loads(line)
+    index = record["index"]
+  except (ValueError, TypeError, KeyError, RecursionError):
+    return None
+  return record if type(index) is int else None
 
 
 def _checked(record: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +112,7 @@ def _checked(record: dict[str, Any]) -> dict[str, Any]:
   if not isinstance(name, str):
     # Lines of an older make have no name, nor a status.
     name = os.path.splitext(files[0])[0] if files else None
-  status = FAILED if record.get("status") == FAILED else DONE
+  status = DONE if record.get("status") in (None, DONE) else FAILED
   for key in ("bytes", "sha256"):
     if not isinstance(record.get(key, {}), dict):
       del record[key]
@@ -153,11 +176,12 @@ class Ledger:
     self.path = folder / file_name(shard, shards)
     # Failures are told by one thread, what was written by another: a line that
     # is taken back must not take the other's along.
-    self._lock = threading.Lock()
+    self._appending = threading.Lock()
     try:
       # A job that ends removes an empty file: another may have opened it.
       while not self._open():
-        self._file.close()
+        self._lock.release()
+      self._file = self._lock.file
       self._check_splits(folder, shards)
       self._cut()
     except OSError as error:
@@ -167,21 +191,16 @@ class Ledger:
 
   def _open(self) -> bool:
     """Opens and locks the file; says whether it is still the one there."""
-    self._file = self.path.open("ab+", buffering=0)
     try:
-      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      self._lock = filelock.Lock(self.path)
     except BlockingIOError as error:
-      self._file.close()
       raise errors.InputError(
         f"{self.path}: another job is writing it; wait for its end, choose "
         "another --out, or split the work by --shard=i/n."
       ) from error
-    except OSError as error:
-      # Some file systems have no locks.
-      if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-        raise
+    held = os.fstat(self._lock.file.fileno())
     try:
-      return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+      return os.path.samestat(held, self.path.stat())
     except FileNotFoundError:
       return False
 
@@ -191,17 +210,12 @@ class Ledger:
       other = re.search(r"-of-(\d+)\.jsonl$", path.name)
       if (int(other[1]) if other else 1) == shards:
         continue
-      with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        try:
-          fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-          self._file.close()
-          raise errors.InputError(
-            f"{path}: a job that splits the work in another way is writing it; "
-            "wait for its end."
-          ) from error
-        except OSError:
-          continue
+      if filelock.is_locked(path):
+        self._lock.release()
+        raise errors.InputError(
+          f"{path}: a job that splits the work in another way is writing it; "
+          "wait for its end."
+        )
 
   def _cut(self) -> None:
     """Ends the file after its last whole line."""
@@ -226,7 +240,7 @@ class Ledger:
     text = json.dumps(record, ensure_ascii=False) + "\n"
     # A name of a file that is no Unicode, as JSON escapes it.
     line = text.encode("utf-8", "backslashreplace")
-    with self._lock:
+    with self._appending:
       self._append(line)
 
   def _append(self, line: bytes) -> None:
@@ -248,4 +262,4 @@ class Ledger:
     empty = self._file.seek(0, os.SEEK_END) == 0
     if empty:
       self.path.unlink(missing_ok=True)
-    self._file.close()
+    self._lock.release()

@@ -1,16 +1,15 @@
 """Files of prompts: .txt, .csv and .jsonl, with overrides per line."""
 
-import csv
 import dataclasses
 import difflib
-import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vidgen import errors, prompt_records
+from vidgen import errors, prompt_records, prompt_text, tensorheader
 
 # What a line may set, and the type of each. `sample.SampleConfig` has fields
 # of the same names.
@@ -152,38 +151,39 @@ def sift(path: str | os.PathLike) -> list[Line | Bad]:
   DIR:SPLIT is a split of a data set of TFDS, of which the captions are taken.
   Paths of images and videos are relative to the file's folder.
 
+  Columns and keys of other names are passed over, with one warning that names
+  them. One that is all but the name of a field, which is not there beside it,
+  is an error: of the whole .csv, or of its line.
+
   Raises:
     InputError: The file as a whole cannot be read.
   """
   name, path = os.fspath(path), pathlib.Path(path)
   folder, _, split = name.rpartition(":")
+  fields = prompt_text.Fields(TYPES)
   if split and (pathlib.Path(folder) / "dataset_info.json").is_file():
     rows = prompt_records.read_dataset(pathlib.Path(folder), split)
   elif path.suffix.lower() == ".array_record":
     records = prompt_records.read_array_record(path)
-    rows = ((n, _from_record(f"{path}:{n}", data)) for n, data in records)
+    rows = (
+      (n, prompt_text.from_record(f"{path}:{n}", data, fields))
+      for n, data in records
+    )
   else:
-    rows = _read_text(path)
+    rows = prompt_text.read(path, fields)
   lines = [_line(path, number, values) for number, values in rows]
   if not lines:
     raise errors.InputError(f"{path}: holds no prompt.")
-  return lines
-
-
-def _read_text(path: pathlib.Path) -> "Rows":
-  formats = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
-  if path.suffix.lower() not in formats:
-    raise errors.InputError(
-      f"{path}: a file of prompts is a .txt, .csv, .jsonl or .array_record; "
-      "of a TFDS data set give FOLDER:SPLIT, the folder with dataset_info.json."
+  if fields.others:
+    names = tensorheader.listed(
+      map(tensorheader.short, sorted(fields.others)), 8
     )
-  try:
-    data = path.read_bytes()
-  except OSError as error:
-    raise errors.InputError(
-      f"{path}: cannot read the prompts: {error.strerror}."
-    ) from error
-  return formats[path.suffix.lower()](path, _decode(path, data))
+    where = next(iter(fields.others.values()))
+    warnings.warn(
+      f"{where}: {names} are passed over; the fields are {', '.join(TYPES)}.",
+      stacklevel=2,
+    )
+  return lines
 
 
 def check(name: str, value: Any, where: str) -> Any:
@@ -235,160 +235,6 @@ def _problem(name: str, value: Any) -> str | None:
 
 def _is_unicode(text: str) -> bool:
   return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _decode(path: pathlib.Path, data: bytes) -> list[str | errors.InputError]:
-  """Returns the lines; only a line feed, or CR LF, ends one."""
-  if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-    raise errors.InputError(f"{path}:1: is UTF-16; save it as UTF-8.")
-  start = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-  lines: list[str | errors.InputError] = []
-  for number, line in enumerate(data[start:].split(b"\n"), 1):
-    try:
-      lines.append(line.removesuffix(b"\r").decode("utf-8"))
-    except UnicodeDecodeError as error:
-      lines.append(
-        errors.InputError(
-          f"{path}:{number}: is not UTF-8: byte 0x{line[error.start]:02x} at "
-          f"offset {start + error.start} of the file; save it as UTF-8."
-        )
-      )
-    start += len(line) + 1
-  return lines
-
-
-# The values of each line, or what is wrong with it.
-Rows = Iterator[tuple[int, dict[str, Any] | errors.InputError]]
-
-
-def _read_txt(path: pathlib.Path, lines: list[str | errors.InputError]) -> Rows:
-  del path
-  for number, line in enumerate(lines, 1):
-    if isinstance(line, errors.InputError):
-      yield number, line
-    elif line.strip():
-      yield number, {"prompt": line.strip()}
-
-
-def _read_csv(path: pathlib.Path, lines: list[str | errors.InputError]) -> Rows:
-  for line in lines:
-    if isinstance(line, errors.InputError):
-      # It may be part of any row.
-      raise line
-  # Quoted fields may hold line breaks, so a row can span several lines.
-  reader = csv.reader((line + "\n" for line in lines), strict=True)
-  header, number = None, 1
-  try:
-    for row in reader:
-      where = f"{path}:{number}"
-      if any(cell.strip() for cell in row):
-        if header is None:
-          header = _header(where, row)
-        elif len(row) != len(header):
-          yield (
-            number,
-            errors.InputError(
-              f"{where}: has {len(row)} columns, the header has "
-              f"{len(header)}; put text with commas in double quotes."
-            ),
-          )
-        else:
-          cells = zip(header, (cell.strip() for cell in row), strict=True)
-          yield number, {k: _number(k, v) for k, v in cells if v}
-      number = reader.line_num + 1
-  except csv.Error as error:
-    if header is None:
-      raise errors.InputError(f"{path}:{number}: {error}.") from error
-    # Where the next row would begin nobody knows.
-    text = f"{path}:{number}: {error}; what follows is not read."
-    yield number, errors.InputError(text)
-
-
-def _header(where: str, row: list[str]) -> list[str]:
-  """Returns the names of the columns of a .csv."""
-  names = [cell.strip() for cell in row]
-  if "prompt" not in names and "image" not in names:
-    raise errors.InputError(
-      f"{where}: the header names no column `prompt`.{_like_prompt(names)}"
-    )
-  if len(set(names)) < len(names):
-    raise errors.InputError(f"{where}: the header names a column twice.")
-  for name in names:
-    _known(where, name)
-  return names
-
-
-def _like_prompt(names: list[str]) -> str:
-  matches = difflib.get_close_matches("prompt", names, n=1, cutoff=0.6)
-  return f" Should {matches[0]!r} be it?" if matches else ""
-
-
-def _number(name: str, text: str) -> Any:
-  """Returns a cell as its field's type; as it is if it can't be (see check)."""
-  kind = TYPES[name]
-  try:
-    return kind(text)
-  except ValueError:
-    return text
-
-
-def _read_jsonl(
-  path: pathlib.Path, lines: list[str | errors.InputError]
-) -> Rows:
-  for number, line in enumerate(lines, 1):
-    if isinstance(line, errors.InputError):
-      yield number, line
-    elif line.strip():
-      yield number, _from_json(f"{path}:{number}", line)
-
-
-def _from_record(where: str, data: bytes) -> dict[str, Any] | errors.InputError:
-  """Returns what a record says: an object of JSON, or else a prompt."""
-  try:
-    text = data.decode("utf-8").strip()
-  except UnicodeDecodeError:
-    return errors.InputError(f"{where}: is not UTF-8.")
-  if text.startswith("{"):
-    return _from_json(where, text)
-  return {"prompt": text}
-
-
-def _from_json(where: str, text: str) -> dict[str, Any] | errors.InputError:
-  """Returns what an object of JSON says."""
-  try:
-    values = json.loads(text, object_pairs_hook=_pairs)
-  except json.JSONDecodeError as error:
-    return errors.InputError(
-      f"{where}: is not JSON: {error.msg} at column {error.colno}."
-    )
-  except (ValueError, RecursionError) as error:
-    return errors.InputError(f"{where}: is not JSON: {error}.")
-  if not isinstance(values, dict):
-    return errors.InputError(
-      f'{where}: must be an object such as {{"prompt": "A panda."}}.'
-    )
-  try:
-    for name in values:
-      _known(where, name)
-  except errors.InputError as error:
-    return error
-  return {k: v for k, v in values.items() if v is not None}
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Refuses an object with a key twice: one of its values would get lost."""
-  values = dict(pairs)
-  if len(values) < len(pairs):
-    raise ValueError("a key stands there twice")
-  return values
-
-
-def _known(where: str, name: str) -> None:
-  if name not in TYPES:
-    raise errors.InputError(
-      f"{where}: unknown field {name!r}.{closest(name, TYPES)} "
-      f"The fields are {', '.join(TYPES)}."
-    )
 
 
 def _count(values: dict[str, Any] | errors.InputError) -> int | None:

@@ -98,6 +98,16 @@ def check_clip(
   return planned
 
 
+def fps_of(
+  model: Any, clip: clips.Clip, config: sample_plan.SampleConfig
+) -> int | float:
+  """Returns the frame rate of a clip's files."""
+  if config.fps is not None:
+    return config.fps
+  planned = check_clip(model, clip, config)
+  return model.fps if planned is None else planned.fps
+
+
 def options_of(model: Any, config: sample_plan.SampleConfig) -> dict[str, Any]:
   """Returns the family's options; of some the rate of the files is one."""
   if model.takes_fps and config.fps is not None:

@@ -14,6 +14,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,9 @@ Path = str | os.PathLike
 # H.264's number for BT.709, which players assume for untagged HD but not for
 # untagged SD video; a tag makes the colours the same at every size.
 _BT709 = 1
+
+# Seconds after which whoever has not touched a temporary file was killed.
+_OLD = 3600
 
 _LOCAL = {"protocol_whitelist": "file"}
 
@@ -100,6 +104,14 @@ def target_of(path: Path) -> str | None:
   return found[1] if found else None
 
 
+def is_old(path: Path) -> bool:
+  """Says whether a temporary file is so old that nobody is filling it."""
+  try:
+    return time.time() - os.stat(path).st_mtime > _OLD
+  except FileNotFoundError:
+    return False
+
+
 def remove(path: Path) -> None:
   """Removes a file or a folder, if it is there."""
   if os.path.isdir(path):
@@ -162,6 +174,9 @@ def write_gif(
 ) -> None:
   """Writes a GIF that loops for ever, all frames in one palette.
 
+  Frames that are alike are frames of their own. Above 100 per second some are
+  left out, for GIF counts hundredths of a second.
+
   Raises:
     InputError: No frame at all.
     StorageError: It could not be written.
@@ -172,20 +187,33 @@ def write_gif(
   # flicker from frame to frame.
   sample = frames[np.linspace(0, len(frames) - 1, 8).astype(int)]
   palette = PIL.Image.fromarray(np.concatenate(sample)).quantize(256)
-  images = [PIL.Image.fromarray(x).quantize(palette=palette) for x in frames]
-  # GIF counts hundredths of a second: round the times, not the durations, or
-  # the error adds up.
-  ends = [round(100 * i / fps) for i in range(len(frames) + 1)]
-  durations = [10 * (b - a) for a, b in itertools.pairwise(ends)]
-  with atomic(path) as temporary:
-    images[0].save(
-      temporary,
-      format="GIF",
-      save_all=True,
-      append_images=images[1:],
-      duration=durations,
-      loop=0,
-    )
+  colors = np.zeros((256, 4), np.uint8)
+  colors[:, 0] = 255  # Opaque.
+  rgb = np.frombuffer(palette.palette.tobytes(), np.uint8).reshape(-1, 3)
+  colors[: len(rgb), 1:] = rgb
+  # Round the times, not the durations, or the error adds up.
+  times = [round(100 * i / fps) for i in range(len(frames) + 1)]
+  times[-1] = max(1, times[-1])
+  shown = [(b - a, a) for a, b in itertools.pairwise(times)]
+  final = next(duration for duration, _ in reversed(shown) if duration)
+  # Not by Pillow, which would make one frame of those that are alike.
+  options = {"loop": "0", "final_delay": str(final)}
+  with (
+    atomic(path) as temporary,
+    av.open(os.fspath(temporary), "w", "gif", options=options) as file,
+  ):
+    stream = file.add_stream("gif", rate=100)
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt = "pal8"
+    for pixels, (duration, time) in zip(frames, shown, strict=True):
+      if not duration:
+        continue
+      image = PIL.Image.fromarray(pixels).quantize(palette=palette)
+      pair = np.asarray(image), colors
+      frame = av.VideoFrame.from_ndarray(pair, format="pal8")
+      frame.pts = time
+      file.mux(stream.encode(frame))
+    file.mux(stream.encode())
 
 
 def write_png_frames(

@@ -1,24 +1,21 @@
 """Whose a run's folder is: its config, and a lock while a run is at work."""
 
-import errno
-import fcntl
 import fnmatch
 import json
 import os
 import pathlib
 import socket
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from vidgen import errors, tensorfile, tensorheader
+from vidgen import errors, filelock, tensorfile, tensorheader
 
 CONFIG = "config.json"
 _LOCK = ".lock"
 
 
-class Lock:
-  """A lock on a folder; the system opens it however this process ends."""
+class Lock(filelock.Lock):
+  """The lock on a run's folder."""
 
   def __init__(self, workdir: pathlib.Path, warn: Callable[[str], None]):
     """Takes the lock.
@@ -27,27 +24,19 @@ class Lock:
       InputError: Another run has it.
     """
     path = workdir / _LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    self.release = weakref.finalize(self, os.close, descriptor)
     try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      super().__init__(path)
     except BlockingIOError as e:
-      owner = os.read(descriptor, 200).decode("utf-8", "replace").strip()
-      self.release()
+      owner = path.read_bytes()[:200].decode("utf-8", "replace").strip()
       raise errors.InputError(
         f"{workdir}: another run is at work in it ({ascii(owner)[1:-1]}); end "
         "that one, or choose another --workdir."
       ) from e
-    except OSError as e:
-      if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-        raise
+    if not self.is_real:
       warn(f"WARNING: {path}: this file system has no locks; start one run.")
-    # A child that is forked would hold the lock after its parent's death.
-    release = self.release
-    os.register_at_fork(after_in_child=lambda: release())
-    os.truncate(descriptor, 0)
+    self.file.truncate(0)
     owner = f"process {os.getpid()} on {socket.gethostname()}\n"
-    os.write(descriptor, owner.encode())
+    self.file.write(owner.encode())
 
 
 def identify(

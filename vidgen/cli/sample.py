@@ -77,6 +77,7 @@ def run(values: flags.FlagValues) -> None:
       setattr(config, other, None)
   for name, value in given.items():
     setattr(config, name, value)
+  hosts.take_devices(os.environ)
   # A config may say, too, which part this is.
   whole = sample.SampleConfig.shard
   if config.shard == whole and "shard" not in given:
