@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import os
@@ -386,6 +387,23 @@ def test_a_job_that_is_killed_at_its_end_keeps_its_mesh(
   path.write_text(json.dumps({**held, "outputs": None}))
   sample.run(job)
   assert read()["mesh"] is None
+
+
+def test_the_manifest_has_what_lines_name_and_how_many(tmp_path, pipeline):
+  for name, colour in (("one", "red"), ("two", "blue")):
+    PIL.Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+  path = tmp_path / "a.jsonl"
+  lines = [{"prompt": "a", "image": f"{n}.png"} for n in ("one", "two", "one")]
+  lines.append({"prompt": "no", "steps": "x"})
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  job = jobs.config(tmp_path, prompts=os.fspath(path), shard="0/2")
+  sample.run(job)
+  held = json.loads((tmp_path / "out/manifest-00000-of-00002.json").read_text())
+  # All of the job's, the other part's and the bad one; its own images alone.
+  assert held["planned"] == 4
+  mark = hashlib.sha256((tmp_path / "one.png").read_bytes()).hexdigest()
+  assert held["inputs"]["lines"]["sha256"] == {"one.png": mark}
+  assert held["inputs"]["prompts"]["sha256"].keys() == {"a.jsonl"}
 
 
 def test_a_folder_of_another_kind_of_run_is_refused(tmp_path, pipeline):

@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 import secrets
-import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -23,8 +22,6 @@ _SIDE = 320
 _QUALITY = 85
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
-# Nobody fills a file for so many seconds: who began it was killed.
-_OLD = 3600.0
 
 
 class Facts(NamedTuple):
@@ -118,16 +115,8 @@ def sweep(folder: pathlib.Path) -> None:
   """Removes posters that killed processes left half written."""
   if folder.is_dir():
     for name in os.listdir(folder):
-      if _TEMPORARY.fullmatch(name) and is_left(folder / name):
+      if _TEMPORARY.fullmatch(name) and video.is_old(folder / name):
         (folder / name).unlink(missing_ok=True)
-
-
-def is_left(path: pathlib.Path) -> bool:
-  """Says whether a temporary file is so old that nobody will finish it."""
-  try:
-    return time.time() - path.stat().st_mtime > _OLD
-  except FileNotFoundError:
-    return False
 
 
 def _poster(path: pathlib.Path, folder: pathlib.Path) -> str | None:

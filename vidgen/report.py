@@ -68,7 +68,7 @@ def _sweep(target: pathlib.Path, runs: Sequence[runfiles.Run]) -> None:
   # What may not be removed does no harm.
   with contextlib.suppress(OSError):
     for path in target.parent.glob(f".*.tmp{target.suffix}"):
-      if video.target_of(path) == target.stem and posters_lib.is_left(path):
+      if video.target_of(path) == target.stem and video.is_old(path):
         path.unlink(missing_ok=True)
     for run in runs:
       for home in (run.folder / POSTERS, *run.folder.glob(f"{POSTERS}/*/")):

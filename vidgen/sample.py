@@ -98,6 +98,8 @@ class _Job:
     self.todo: list[clips.Clip] = []
     self.files: list[str] = []
     self.made, self.told = 0, 0
+    # Of all parts of the job, without what cannot be planned.
+    self.planned = len(planned)
     # The shapes of clips that did not fit the devices.
     self.too_large: set[tuple[Any, ...]] = set()
     self.busy = _Busy(progress.seconds)
@@ -113,6 +115,7 @@ class _Job:
     origin: provenance.Origin | None,
   ) -> progress_lib.Summary:
     """Makes what is left, tells of it, and sums up."""
+    planned = self.planned + len(failures)
     failures = [failure for failure in failures if self._is_mine(failure)]
     self.total = len(self.clips) + len(failures)
     for failure in failures:
@@ -127,7 +130,7 @@ class _Job:
     if not self.todo and self.folder.is_recorded():
       return self._summary()
     mesh = self.pipeline.mesh if self.todo else None
-    with self.folder.recording(origin, mesh) as record:
+    with self.folder.recording(origin, mesh, planned) as record:
       if self.todo:
         if self.pipeline.why_mesh:
           self.progress.say(self.pipeline.why_mesh)

@@ -6,6 +6,7 @@ hashes.
 
 import collections
 import contextlib
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator
@@ -67,6 +68,7 @@ class Folder:
     self._config, self._lines = config, lines
     self._manifest = _manifest(config)
     self._checkpoint: pathlib.Path | None = None
+    self._wanted: list[clips.Clip] = []
     held = [] if lines is None else ledger.read(self.path)
     self._known = {(r["index"], r.get("error")) for r in held}
 
@@ -103,7 +105,7 @@ class Folder:
       say: Is told of what is there, and is not as it should be.
       verify: Whether every byte of what is there is read.
     """
-    self._checkpoint = checkpoint
+    self._checkpoint, self._wanted = checkpoint, wanted
     self.names = _names(self._config, wanted, model, checkpoint)
     done = np.zeros(len(wanted), bool)
     if self._lines is not None:
@@ -211,13 +213,14 @@ class Folder:
 
   @contextlib.contextmanager
   def recording(
-    self, origin: provenance.Origin | None, mesh: Mesh | None
+    self, origin: provenance.Origin | None, mesh: Mesh | None, planned: int
   ) -> Iterator[provenance.Record]:
     """Records the job in its manifest; see `provenance.recording`.
 
     Args:
       origin: How the job was called.
       mesh: On which clips are made; None where none is left to be made.
+      planned: How many clips the job has, those of other parts too.
     """
     config = self._config
     mesh = self._known_mesh() if mesh is None else mesh
@@ -228,6 +231,7 @@ class Folder:
       origin=origin,
       idle=_IDLE,
       name=self._manifest.name,
+      planned=planned,
     ) as record:
       record.seeds(seed=config.seed)
       if mesh is not None:
@@ -244,11 +248,26 @@ class Folder:
         names[name] += 1
         number = f" {names[name]}" if names[name] > 1 else ""
         record.weights(path, f"lora {name}{number}")
-      for name in ("prompts", "image", "video"):
-        path = getattr(config, name)
-        if path is not None and pathlib.Path(path).exists():
-          record.inputs(path, name)
+      self._record_inputs(record)
       yield record
+
+  def _record_inputs(self, record: provenance.Record) -> None:
+    """Records the prompts, images and videos, and those that lines name."""
+    config = self._config
+    for name in ("prompts", "image", "video"):
+      path = getattr(config, name)
+      if name == "prompts" and path is not None and not os.path.exists(path):
+        # Of a split of a data set its folder counts.
+        path = path.rpartition(":")[0]
+      if path is not None and os.path.exists(path):
+        record.inputs(path, name)
+    if config.prompts is None:
+      return
+    home = os.path.dirname(config.prompts) or "."
+    read = {p for clip in self._wanted for p in (clip.image, clip.video) if p}
+    if named := sorted(read - {config.image, config.video}):
+      files = {os.path.relpath(path, home): None for path in named}
+      record.files(home, files, "lines")
 
   def _known_mesh(self) -> Mesh | None:
     """The mesh of this job's last attempt that told it, without devices."""
