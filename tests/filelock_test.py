@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import vidgen
-from vidgen import filelock
+from vidgen import errors, filelock
 
 ROOT = pathlib.Path(vidgen.__file__).parents[1]
 
@@ -62,6 +62,22 @@ def test_a_child_does_not_keep_the_lock(tmp_path):
     filelock.Lock(tmp_path / "a").release()
 
 
+def test_a_folder_has_one_holder(tmp_path):
+  home = tmp_path / "a/b"
+  busy = "another run is at work"
+  with (
+    filelock.folder(home, busy),
+    pytest.raises(errors.InputError, match=f"b: {busy}; "),
+    filelock.folder(home, busy),
+  ):
+    pass
+  # What is wrong inside is not taken for a lock.
+  with pytest.raises(BlockingIOError), filelock.folder(home, ""):
+    raise BlockingIOError
+  with filelock.folder(home, ""):
+    pass
+
+
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
   def flock(file, kind):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -70,3 +86,5 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
   held = filelock.Lock(tmp_path / "a")
   assert not held.is_real and not filelock.is_locked(tmp_path / "a")
   held.release()
+  with filelock.folder(tmp_path, "another run is at work"):
+    pass

@@ -1,11 +1,15 @@
-"""Locks on files, which the system opens however a process ends."""
+"""Locks on files and folders, which the system opens however a process ends."""
 
+import contextlib
 import errno
 import fcntl
 import os
 import pathlib
 import weakref
+from collections.abc import Iterator
 from typing import BinaryIO
+
+from vidgen import errors
 
 # What file systems say that have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -51,7 +55,30 @@ def is_locked(path: pathlib.Path) -> bool:
   return False
 
 
-def _lock(file: BinaryIO, kind: int) -> bool:
+@contextlib.contextmanager
+def folder(path: pathlib.Path, busy: str) -> Iterator[None]:
+  """Keeps a folder, which is made if it is not there, from others meanwhile.
+
+  Args:
+    path: Of the folder.
+    busy: What another does that holds it, "another run is encoding there".
+
+  Raises:
+    InputError: Another holds it.
+  """
+  path.mkdir(parents=True, exist_ok=True)
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    try:
+      _lock(descriptor, fcntl.LOCK_EX)
+    except BlockingIOError as error:
+      raise errors.InputError(f"{path}: {busy}; wait for its end.") from error
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _lock(file: BinaryIO | int, kind: int) -> bool:
   """Locks an open file without waiting; says whether there are locks."""
   try:
     fcntl.flock(file, kind | fcntl.LOCK_NB)

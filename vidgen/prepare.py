@@ -2,17 +2,23 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import os
 import pathlib
 import shutil
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
-from vidgen import errors, manifest, progress, tensorfile, tensorheader, video
+from vidgen import (
+  errors,
+  filelock,
+  manifest,
+  progress,
+  tensorfile,
+  tensorheader,
+  video,
+)
 from vidgen.data import records, workers
 
 OPTIONS = "options.json"
@@ -108,7 +114,7 @@ def run(config: PrepareConfig, told: progress.Progress | None = None) -> Report:
   if target.exists():
     return _report(target, options)
   try:
-    with _locked(home):
+    with filelock.folder(home, "another run is preparing it"):
       if target.exists():
         return _report(target, options)
       draft = home / ".draft"
@@ -180,24 +186,6 @@ def _check_numbers(options: dict[str, Any]) -> None:
       raise errors.InputError(f"{name}: {options[name]} is not in [0, 1].")
   if options["seed"] < 0:
     raise errors.InputError(f"seed: {options['seed']} is negative.")
-
-
-@contextlib.contextmanager
-def _locked(home: pathlib.Path) -> Iterator[None]:
-  """Holds a folder for this run; the system lets go of it if the run dies."""
-  home.mkdir(parents=True, exist_ok=True)
-  descriptor = os.open(home, os.O_RDONLY)
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    os.close(descriptor)
-    raise errors.InputError(
-      f"{home}: another run is preparing it; wait for its end."
-    ) from error
-  try:
-    yield
-  finally:
-    os.close(descriptor)
 
 
 def _build(

@@ -6,7 +6,6 @@ folder.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from vidgen import errors, manifest, tensorfile, tensorheader, video
+from vidgen import errors, filelock, manifest, tensorfile, tensorheader, video
 from vidgen.data import cache
 
 # Nothing is compressed: latents are mostly noise. A record is read alone.
@@ -38,25 +37,9 @@ class Draft:
     self.path = out.with_name(f".{out.name}.draft")
     self._whole = self.path / "cache"
 
-  @contextlib.contextmanager
-  def locked(self) -> Iterator[None]:
-    """Holds the draft for this run; the system lets go of it if it dies.
-
-    Raises:
-      InputError: Another run holds it.
-    """
-    self.path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(self.path, os.O_RDONLY)
-    try:
-      try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
-        raise errors.InputError(
-          f"{self.path}: another run is encoding there; wait for its end."
-        ) from error
-      yield
-    finally:
-      os.close(descriptor)
+  def locked(self) -> contextlib.AbstractContextManager[None]:
+    """Holds the draft for this run; see `filelock.folder`."""
+    return filelock.folder(self.path, "another run is encoding there")
 
   def begin(self, facts: dict[str, Any]) -> None:
     """Begins the draft, or goes on with it if it is of the same cache.
