@@ -16,9 +16,24 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import jaxtyping
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jaxtyping.install_import_hook("vidgen", "beartype.beartype")
 atexit.register(
   shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
 )
+
+
+@pytest.fixture(scope="module")
+def compiled_fast():
+  """Leaves out optimisations for the rest of a module, not any partitioning.
+
+  For results that hold to a tolerance: compiling takes half the time, and
+  programs that run once take longer to compile than to run.
+  """
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+  # What other modules compare bit by bit is compiled as processes of users do.
+  jax.clear_caches()
