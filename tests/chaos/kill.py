@@ -140,13 +140,20 @@ def compare(
 
   Moments come from the whole of the time that the job takes, its start with
   them; a job that ends before all kills are spent is begun anew elsewhere.
+  The job runs undisturbed twice: the first time it compiles its programs, which
+  those that are killed find in the cache, and so takes far longer than they.
   """
   rng = random.Random(seed)
-  began = time.perf_counter()
-  code = start(argv(folder / "whole"), folder / "whole.log").wait()
-  assert code == 0, (folder / "whole.log").read_text()[-2000:]
-  most = time.perf_counter() - began
-  want = result(folder / "whole")
+  wants = []
+  for name in ("compiling", "whole"):
+    began = time.perf_counter()
+    code = start(argv(folder / name), folder / f"{name}.log").wait()
+    assert code == 0, (folder / f"{name}.log").read_text()[-2000:]
+    most = time.perf_counter() - began
+    wants.append(result(folder / name))
+  first, want = wants
+  if first != want:
+    return first, want, []
   moments: list[float] = []
   number = 0
   while len(moments) < kills:
