@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 _TRAIN = """
 import sys
+sys.modules["torch"] = None  # What writes for TensorBoard would import it.
 from tests import toy_training
 from vidgen import errors, train
 data, steps, workdir = sys.argv[1:]
@@ -140,20 +141,13 @@ def compare(
 
   Moments come from the whole of the time that the job takes, its start with
   them; a job that ends before all kills are spent is begun anew elsewhere.
-  The job runs undisturbed twice: the first time it compiles its programs, which
-  those that are killed find in the cache, and so takes far longer than they.
   """
   rng = random.Random(seed)
-  wants = []
-  for name in ("compiling", "whole"):
-    began = time.perf_counter()
-    code = start(argv(folder / name), folder / f"{name}.log").wait()
-    assert code == 0, (folder / f"{name}.log").read_text()[-2000:]
-    most = time.perf_counter() - began
-    wants.append(result(folder / name))
-  first, want = wants
-  if first != want:
-    return first, want, []
+  began = time.perf_counter()
+  code = start(argv(folder / "whole"), folder / "whole.log").wait()
+  assert code == 0, (folder / "whole.log").read_text()[-2000:]
+  most = time.perf_counter() - began
+  want = result(folder / "whole")
   moments: list[float] = []
   number = 0
   while len(moments) < kills:
@@ -177,6 +171,10 @@ def run(
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"A red circle {i}.\n" for i in range(clips)))
     argv = lambda out: sample_argv(prompts, out)
+    # The time that it takes is to be that of those that are killed: they find
+    # its programs in the cache, and to compile them takes most of the job.
+    code = start(argv(folder / "compiling"), folder / "compiling.log").wait()
+    assert code == 0, (folder / "compiling.log").read_text()[-2000:]
     return compare(argv, sampled, folder, kills, seed)
   from tests import tiny_training
 
