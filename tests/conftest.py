@@ -1,6 +1,8 @@
 """Eight CPU devices, and shapes checked in every function of vidgen."""
 
 import atexit
+import contextlib
+import gc
 import os
 import shutil
 import tempfile
@@ -16,9 +18,43 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import jaxtyping
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Tracing makes millions of objects that stay: a tenth of it was the search for
+# those that do not.
+gc.set_threshold(20_000, 50, 100)
 jaxtyping.install_import_hook("vidgen", "beartype.beartype")
 atexit.register(
   shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
 )
+
+
+@contextlib.contextmanager
+def _fast():
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_disable_most_optimizations", before)
+    # What other tests compare bit by bit is compiled as for users.
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled_fast():
+  """Leaves out optimisations for the rest of a module, not any partitioning.
+
+  For results that hold to a tolerance: compiling takes half the time, and
+  programs that run once take longer to compile than to run.
+  """
+  with _fast():
+    yield
+
+
+@pytest.fixture
+def compiled_fast_once():
+  """The same for one test."""
+  with _fast():
+    yield

@@ -48,6 +48,7 @@ def test_same_mesh_is_bit_equal(one, tmp_path):
   [{"cfg": 2}, pytest.param({"context": 2}, marks=pytest.mark.slow)],
   ids=str,
 )
+@pytest.mark.usefixtures("compiled_fast_once")
 def test_another_mesh_is_equal_to_rounding(one, tmp_path, mesh):
   other = sampled(tmp_path / "other", mesh)
   report = repro.check(one, other, TOLERANCE)

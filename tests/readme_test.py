@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("compiled_fast_once")
 def test_python_example(tmp_path, monkeypatch, capsys):
   tiny_cogvideox.write(tmp_path, "2b")
   (tmp_path / "checkpoint").rename(tmp_path / "CogVideoX-2b")

@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from tests import tiny_cogvideox
 from vidgen import optimizers, prepare, train
 from vidgen.data import buckets, loader
 from vidgen.tasks import diffusion, noising, sources
@@ -22,6 +21,9 @@ def shapes(folder: pathlib.Path, num_clips: int = 40) -> str:
 
 def checkpoint(folder: pathlib.Path, variant: str = "5b") -> str:
   """Writes a small random checkpoint; returns its folder."""
+  # Takes seconds to import, which runs of the toy do not need.
+  from tests import tiny_cogvideox
+
   folder = folder / variant
   tiny_cogvideox.write(folder, variant)
   return str(folder / "checkpoint")

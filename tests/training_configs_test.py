@@ -47,6 +47,7 @@ SLOW = ("cogvideox_vae_train",)
 SLOW += tuple(
   path.stem for path in CONFIGS if path.stem.startswith("svd_")
 )  # fmt: skip
+LARGER = ("cogvideox_2b_train", "cogvideox_5b_train")
 IMAGES = ("cogvideox_vae_train", "svd_video_pretrain_train")
 
 
@@ -237,7 +238,9 @@ def cases():
     for i in different(path):
       # Networks for each chunk and three passes back, or a whole UNet block by
       # block: half a minute to trace.
-      slow = pytest.mark.slow if path.stem in SLOW else ()
+      # The later stages of 2b and 5b are the first at a larger size.
+      larger = i > 0 and path.stem in LARGER
+      slow = pytest.mark.slow if larger or path.stem in SLOW else ()
       yield pytest.param(path, i, 0, id=f"{path.stem}-{i}", marks=slow)
       if path.stem in IMAGES and len(load(path).stages[i].data.buckets) > 1:
         later = slow if i else ()

@@ -28,6 +28,9 @@ _jit = functools.partial(
 )
 
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
+
 def normal(*shape):
   rng = np.random.default_rng(sum(shape))
   return jnp.asarray(rng.standard_normal(shape, np.float32))
@@ -48,10 +51,11 @@ def is_temporal(path):
 
 def randomized(params, keep=lambda path: False):
   """Draws all parameters but those to keep."""
-  leaves = weights.flatten(params)
-  for i, (path, leaf) in enumerate(leaves.items()):
+  leaves = weights.flatten(jax.tree.map(np.asarray, params))
+  rng = np.random.default_rng(0)
+  for path, leaf in leaves.items():
     if not keep(path):
-      draw = jax.random.normal(jax.random.key(i), leaf.shape)
+      draw = rng.standard_normal(leaf.shape, np.float32)
       fan_in = max(leaf.size // leaf.shape[-1], 1)
       leaves[path] = leaf + draw * (0.3 if leaf.ndim == 1 else fan_in**-0.5)
   return weights.unflatten(leaves, params)
@@ -59,14 +63,18 @@ def randomized(params, keep=lambda path: False):
 
 @pytest.fixture(scope="module")
 def initial():
-  return nn.unbox(
-    jax.jit(lambda key: unet.init(CONFIG, key))(jax.random.key(0))
-  )
+  init = _jit(lambda key: unet.init(CONFIG, key))
+  return nn.unbox(init(jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
-def params(initial):
-  return randomized(initial)
+def params():
+  """Random ones around scales of one: compiling `init` takes seconds."""
+  shapes = jax.eval_shape(lambda: unet.init(CONFIG, jax.random.key(0)))
+  leaves = weights.flatten(nn.unbox(shapes))
+  for path, leaf in leaves.items():
+    leaves[path] = np.full(leaf.shape, path.endswith("/scale"), np.float32)
+  return randomized(weights.unflatten(leaves, nn.unbox(shapes)))
 
 
 @functools.cache

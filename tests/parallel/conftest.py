@@ -10,3 +10,5 @@ def compiled_fast():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+  # What other tests compare bit by bit is compiled as for users.
+  jax.clear_caches()

@@ -82,7 +82,7 @@ PARAMS = {"text": {}, "vae": {}}
 
 def test_loss_of_a_silent_network_is_the_target():
   """v has unit variance where x0 and noise have: E v² = alpha² + sigma²."""
-  loss, _ = noiser(Guess())(PARAMS, batch_of(512), jax.random.key(0))
+  loss, _ = noiser(Guess())(PARAMS, batch_of(2000), jax.random.key(0))
   assert abs(float(loss) - 1) < 0.02
 
 
@@ -198,7 +198,7 @@ def test_image_is_noised_and_dropped():
       seen.append(np.asarray(condition["image"]))
       return jnp.zeros_like(x)
 
-  b = 1500
+  b = 2000
   grey = jnp.full((b, 1, 4, 4, 3), 128, jnp.uint8)
   noise = noiser(Spy(takes_image=True), takes_image=True, image_dropout=0.2)
   noise(PARAMS, batch_of(b, image=grey), jax.random.key(3))
@@ -259,7 +259,7 @@ def test_samples_and_purposes_draw_apart():
 
 
 def test_scalars_tell_the_loss_by_level():
-  _, scalars = noiser(Guess())(PARAMS, batch_of(16), jax.random.key(0))
+  _, scalars = noiser(Guess())(PARAMS, batch_of(8), jax.random.key(0))
   quarters = [float(scalars[f"loss_quarter_{i}"]) for i in (1, 2, 3, 4)]
   np.testing.assert_allclose(np.mean(quarters), scalars["loss"], rtol=1e-5)
 
