@@ -109,8 +109,8 @@ def _slow(*values):
   return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-# Even and odd first chunks, one and two chunks; three and four on demand.
-@pytest.mark.parametrize("frames", [1, 2, 9, 13, 17, *_slow(25, 33)])
+# Even and odd first chunks, one and three chunks; two and four on demand.
+@pytest.mark.parametrize("frames", [1, 2, 9, 13, 25, *_slow(17, 33)])
 def test_encode(small, frames):
   video = _normal(2, frames, 16, 24, 3)
   got, want = small.encode(small.params, video), small.want_encode(video)
@@ -120,7 +120,7 @@ def test_encode(small, frames):
   np.testing.assert_array_equal(got.logvar[..., -2:], logvar[..., -2:])
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, *_slow(7, 8)])
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 7, *_slow(4, 8)])
 def test_decode(small, frames):
   latents = _normal(2, frames, 2, 3, 4)
   got, want = small.decode(small.params, latents), small.want_decode(latents)
