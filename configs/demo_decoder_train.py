@@ -1,13 +1,17 @@
-r"""The small model's decoder, trained on for latents of mean 0 and deviation 1.
+r"""The small model's autoencoder, its latents decorrelated for a denoiser.
 
 vidgen train --config=configs/demo_vae_train.py --workdir=runs/demo_vae
+vidgen train --config=configs/demo_vae_longer_train.py \
+    --workdir=runs/demo_vae_longer
 vidgen train --config=configs/demo_decoder_train.py --workdir=runs/demo_decoder
 
 Hardware: 2 CPU cores, 4 GB.
 Cost: see README.md, "A small model on two cores".
-Expect: a decoder that reads latents with noise; clean ones come back 0.2 dB
-worse. The model that ships has its first step alone (README.md).
-The encoder's last layer is scaled before the first step, and stays as it is.
+Expect: clips that come back as well as before, and better from latents with
+noise: where it is a tenth of their deviation, shapes are told in 93 of 100,
+and not in 80. All of it is done before the first step: half of the latents'
+directions, which outlines need, had less than a hundredth of the largest one's
+variance.
 """
 
 from vidgen import optimizers, train
@@ -31,8 +35,9 @@ def get_config() -> train.TrainConfig:
   return train.TrainConfig(
     task=autoencoding.AutoencoderTaskConfig(
       model=cogvideox.config_demo(word_tokenizer.vocab_size(words)),
-      checkpoint="runs/demo_vae/published",
+      checkpoint="runs/demo_vae_longer/published",
       normalise=_data(17, 16),
+      whiten=0.5,
       loss=autoencoder.AutoencoderLossConfig(
         l1=1.0,
         mse=0.5,
@@ -41,24 +46,15 @@ def get_config() -> train.TrainConfig:
         lpips=0.0,
         kl=0.0,
         freeze_encoder=True,
-        latent_noise=0.25,
+        latent_noise=0.2,
       ),
     ),
-    stages=(
-      train.Stage(
-        num_steps=1300,
-        data=_data(9, 2),
-        rate=optimizers.Rate(6e-4, warmup_steps=100, final=0.02),
-      ),
-    ),
+    stages=(train.Stage(1, _data(9, 4), optimizers.Rate(1e-5)),),
     optimizers={
       "vae": optimizers.OptimizerConfig(
         name="adam", options={"b1": 0.9, "b2": 0.99}
       )
     },
-    ema_decay=0.99,
-    # Two clips are a small batch, whose losses differ a lot.
     spike_sigmas=0.0,
-    checkpoint_every=300,
-    sample_every=1000,
+    sample_every=0,
   )

@@ -39,7 +39,12 @@ PUBLISHED = {
   "runs/svd_small_vae_solids/published": svd.config_small(9),
 }
 # What the demo's own runs publish.
-MADE_HERE = ("runs/demo_vae/published", "runs/demo_decoder/published", "demo")
+MADE_HERE = (
+  "runs/demo_vae/published",
+  "runs/demo_vae_longer/published",
+  "runs/demo_decoder/published",
+  "demo",
+)
 # Of components, by their config.
 SHAPES = {}
 # Those that take long to trace, and those whose last bucket is of images.
@@ -173,7 +178,13 @@ def kinds(tree):
 
 def test_the_configs_are_there():
   names = ["2b", "5b", "5b_finetune", "5b_lora", "5b_i2v_finetune", "vae"]
-  demo = ["demo_vae", "demo_decoder", "demo_dit", "demo_lora"]
+  demo = [
+    "demo_vae",
+    "demo_vae_longer",
+    "demo_decoder",
+    "demo_dit",
+    "demo_lora",
+  ]
   want = {f"cogvideox_{name}_train.py" for name in names}
   want |= {f"{name}_train.py" for name in demo}
   assert {path.name for path in CONFIGS} >= want
