@@ -350,6 +350,16 @@ def test_help_is_quick():
   assert time.perf_counter() - start < 10
 
 
+def test_sampling_imports_what_it_needs():
+  """Each of these takes a second or more."""
+  heavy = "orbax.checkpoint", "optax", "transformers", "scipy.linalg", "grain"
+  found = f"[name for name in {heavy} if name in sys.modules]"
+  code = f"import sys, vidgen.sample; print({found})"
+  process = [sys.executable, "-c", code]
+  done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
+  assert done.stdout == "[]\n", done.stderr
+
+
 def test_a_mistake_in_a_real_process(tmp_path):
   done = shell("sample", "--prompt=a", "--config.num_stepz=3")
   assert done.returncode == 2

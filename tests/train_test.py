@@ -25,6 +25,7 @@ from vidgen import (
   runs,
   sharding,
   statefile,
+  statetree,
   train,
 )
 from vidgen.data import loader
@@ -226,7 +227,7 @@ def restored(config, workdir):
   trainer = train.Trainer(config, task, mesh)
   with train.open_folder(config, workdir) as folder:
     state = trainer.start(folder)
-  return {n: np.asarray(x) for n, x in statefile.named(state).items()}
+  return {n: np.asarray(x) for n, x in statetree.named(state).items()}
 
 
 def test_workdir_of_another_config(undisturbed):

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from vidgen import errors, fingerprint, ledger, statefile, tensorheader
+from vidgen import errors, fingerprint, ledger, statetree, tensorheader
 from vidgen import manifest as manifest_lib
 
 LEDGERS = "clips*.jsonl"
@@ -98,7 +98,7 @@ def state_digest(state: PyTree) -> str:
   calls this; one array at a time is brought to the host.
   """
   digest = hashlib.sha256()
-  for name, leaf in sorted(statefile.named(state).items()):
+  for name, leaf in sorted(statetree.named(state).items()):
     whole = _on_host(leaf)
     if jax.process_index() == 0:
       head = [name, whole.dtype.name, list(whole.shape)]
@@ -112,7 +112,7 @@ def _on_host(leaf: Any) -> np.ndarray:
   if not isinstance(leaf, jax.Array):
     return np.asarray(leaf)
   if leaf.is_fully_addressable or leaf.is_fully_replicated:
-    return statefile.on_host({"": leaf})[""]
+    return statetree.on_host({"": leaf})[""]
   return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 

@@ -30,6 +30,7 @@ from vidgen import (
   manifest,
   orbaxfile,
   statefile,
+  statetree,
   tensorfile,
 )
 from vidgen import workdir as workdir_lib
@@ -162,13 +163,13 @@ class Run:
     self.wait()
     if step in self._saved:
       return
-    leaves, draft = statefile.named(state), self._draft(step)
+    leaves, draft = statetree.named(state), self._draft(step)
     try:
       if jax.process_index() == 0:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
       if jax.process_count() == 1:
-        host = statefile.on_host(leaves)
+        host = statetree.on_host(leaves)
         put = functools.partial(orbaxfile.save, draft / statefile.NAME, host)
       else:
         put = self._put_with_others(draft / statefile.NAME, leaves)

@@ -7,7 +7,6 @@ neither its data nor dtypes; here both are checked.
 
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,29 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from vidgen import errors, manifest, tensorfile, tensorheader, weights
+from vidgen import errors, manifest, statetree, tensorheader, weights
 
 NAME = "state"
-
-
-def named(state: PyTree) -> dict[str, Any]:
-  """Returns the leaves of a state by path.
-
-  Raises:
-    ValueError: Two leaves have the same path, or one has no element, which
-      Orbax does not keep.
-  """
-  leaves = weights.flatten(state)
-  if len(leaves) != len(jax.tree.leaves(state)):
-    raise ValueError("Two arrays of the state have the same path.")
-  if empty := [name for name, leaf in leaves.items() if 0 in np.shape(leaf)]:
-    raise ValueError(f"Arrays of the state without an element: {empty}.")
-  return leaves
-
-
-def on_host(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Returns copies of the arrays that no donation reaches."""
-  return {name: _copy(name, leaf) for name, leaf in leaves.items()}
 
 
 def verify(folder: pathlib.Path) -> None:
@@ -52,7 +31,8 @@ def verify(folder: pathlib.Path) -> None:
 
 def read(folder: pathlib.Path, shapes: PyTree, under: str = "") -> PyTree:
   """Returns the arrays below `under`, each straight to its sharding."""
-  wanted = {under + name: leaf for name, leaf in named(shapes).items()}
+  named = statetree.named(shapes)
+  wanted = {under + name: leaf for name, leaf in named.items()}
   arrays = held(folder).items()
   there = {n: x for n, x in arrays if n.startswith(under)}
   _match(folder, there, wanted)
@@ -150,22 +130,3 @@ def _match(folder: pathlib.Path, held: dict, wanted: dict) -> None:
       f"{folder}: is of another state: {lists}; use the config it was made "
       "with, or another --workdir."
     )
-
-
-def _copy(name: str, leaf: Any) -> np.ndarray:
-  if not isinstance(leaf, jax.Array):
-    array = np.asarray(leaf)
-    kind = jax.dtypes.canonicalize_dtype(array.dtype)
-    if kind != array.dtype and not np.array_equal(array.astype(kind), array):
-      raise TypeError(f"{name}: {array.dtype} does not fit {kind}.")
-    return np.array(array, kind)
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    raise TypeError(f"{name}: a state holds jax.random.key_data of its keys.")
-  array = tensorfile.empty(leaf.shape, np.dtype(leaf.dtype))
-  # By shard: jax keeps what np.asarray makes of a whole array.
-  shards = [s for s in leaf.addressable_shards if s.replica_id == 0]
-  for shard in shards:
-    shard.data.copy_to_host_async()
-  for shard in shards:
-    array[shard.index] = np.asarray(shard.data)
-  return array
