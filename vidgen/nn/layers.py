@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import ad_checkpoint, lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, BFloat16, Float
 
 from vidgen import sharding
 
@@ -47,11 +48,42 @@ def low_rank(
 
 
 def matmul(x: Float[Array, "*n i"], y: Float[Array, "i o"]) -> Array:
-  """x @ y, in float32 exactly so.
+  """x @ y, in float32 exactly so, in bfloat16 with float32 sums.
 
-  By default TPUs round the factors to bfloat16, and GPUs to TF32.
+  By default TPUs round the factors of float32 to bfloat16, and GPUs to TF32.
+  CPUs have matrix units for bfloat16 as well, which XLA takes for products that
+  leave in float32; rounded after, they are what the others give.
   """
+  if x.dtype == jnp.bfloat16 and sharding.platform() == "cpu":
+    return _matmul_bfloat16(x, y)
   return jnp.matmul(x, y, precision=precision(x.dtype))
+
+
+@jax.custom_vjp
+def _matmul_bfloat16(
+  x: BFloat16[Array, "*n i"], y: BFloat16[Array, "i o"]
+) -> BFloat16[Array, "*n o"]:
+  return _product("...i,io->...o", x, y)
+
+
+def _matmul_forward(x, y):
+  return _matmul_bfloat16(x, y), (x, y)
+
+
+def _matmul_backward(saved, d_out):
+  # What JAX would make of it has one factor in float32, and takes no such unit.
+  x, y = saved
+  d_x = _product("...o,io->...i", d_out, y)
+  return d_x, _product("...i,...o->io", x, d_out)
+
+
+_matmul_bfloat16.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _product(axes: str, x: Array, y: Array) -> Array:
+  """Returns a product in the dtype of its factors, of sums in float32."""
+  y = jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
+  return y.astype(x.dtype)
 
 
 def precision(dtype: DTypeLike) -> lax.Precision | None:
