@@ -217,6 +217,14 @@ def test_a_run_takes_its_own_cache_only(whole, data_dir, checkpoint, tmp_path):
   task = tiny_training.replace(config.task, dtype="bfloat16")
   with pytest.raises(errors.InputError, match=r"another dtype \(float32 there"):
     host_batch(tiny_training.replace(config, task=task), out)
+  task = tiny_training.replace(task, vae_dtype="float32")
+  got = host_batch(tiny_training.replace(config, task=task), out)
+  assert got.keys() == arrays.keys()
+  frozen_task = tiny_training.replace(
+    frozen.task, dtype="bfloat16", vae_dtype="float32"
+  )
+  opened = frozen_task.build(sharding.make_mesh(None))
+  assert opened.encoders().dtype == "float32, text bfloat16"
   other = pathlib.Path(tiny_training.checkpoint(tmp_path))
   (path,) = (other / "vae").glob("*.safetensors")
   weights = safetensors.numpy.load_file(path)

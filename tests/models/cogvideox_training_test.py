@@ -211,6 +211,21 @@ def test_remat_changes_memory_alone(words):
   assert not any(scores.values())
 
 
+def test_unroll_changes_nothing(words):
+  params, (x0, noise, condition) = random_params(), batch()
+  got, loops = {}, {}
+  for unroll in (1, SMALL.num_layers):
+    model = make(SMALL, words, unroll=unroll)
+    level = at(model, [100, 900])
+    run = lambda p, m=model, n=level: loss(m, p, x0, noise, n, condition)
+    step = jax.jit(jax.value_and_grad(run)).lower(params)
+    loops[unroll] = step.as_text().count("stablehlo.while")
+    got[unroll] = step.compile()(params)
+  assert equality.apart(got[1], got[SMALL.num_layers]) < 1e-6
+  # Forward and backward.
+  assert loops[1] == loops[SMALL.num_layers] + 2
+
+
 def test_unknown_remat(words):
   known = "known are none, full, attention, dots"
   with pytest.raises(errors.InputError, match=known):

@@ -42,6 +42,11 @@ def tiny(conditioning=None):
   return config
 
 
+def test_there_is_no_loop_to_unroll():
+  with pytest.raises(errors.InputError, match="unroll=2: this model has no"):
+    svd.create(tiny(), jnp.float32, unroll=2)
+
+
 KINDS = {
   "image": None,
   "noisy latents": svd.Conditioning(noised="latents"),

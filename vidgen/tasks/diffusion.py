@@ -62,8 +62,12 @@ class DiffusionTaskConfig:
     train_along: Other components that are trained along, by name.
     lora: Trains low-rank updates of the denoiser alone; None trains all of it.
     dtype: What the networks compute in; weights in training are float32.
+    vae_dtype: What the autoencoder encodes in, here and in a cache of latents;
+      None is `dtype`.
     remat: What of a block's activations is computed again in the backward
       pass, by name: "none", "full" or "dots".
+    unroll: How many blocks one round of the loop over them runs: more compile
+      for longer, and copy less of what the backward pass needs.
     samples: The samples that a run makes.
   """
 
@@ -73,12 +77,15 @@ class DiffusionTaskConfig:
   train_along: tuple[str, ...] = ()
   lora: adapters.LoraConfig | None = None
   dtype: str = "bfloat16"
+  vae_dtype: str | None = None
   remat: str = "none"
+  unroll: int = 1
   samples: SampleSettings = dataclasses.field(default_factory=SampleSettings)
 
   def build(self, mesh: Mesh) -> "DiffusionTask":
     """Returns the task, everything checked that needs no weights."""
-    sources.check_dtype(self.dtype)
+    for dtype in (self.dtype, self.vae_dtype or self.dtype):
+      sources.check_dtype(dtype)
     opened = sources.Opened(self.source)
     if self.lora is not None and self.train_text_encoder:
       raise errors.InputError(
@@ -95,7 +102,11 @@ class DiffusionTaskConfig:
       )
     has_text = TEXT_ENCODER in opened.components
     words = opened.tokenizer_folder() if has_text else None
-    model = opened.model(jnp.dtype(self.dtype), self.remat, words)
+    if self.unroll < 1:
+      raise errors.InputError(f"config: unroll={self.unroll}; give 1 or more.")
+    model = opened.model(
+      jnp.dtype(self.dtype), words, remat=self.remat, unroll=self.unroll
+    )
     if self.lora is not None and opened.is_scratch(model.denoiser):
       raise errors.InputError(
         "config: a LoRA needs a trained model; take it out of scratch."
@@ -182,15 +193,16 @@ class DiffusionTask:
     }
 
   def frozen(self, mesh: Mesh) -> dict[str, PyTree]:
-    params = self._opened.frozen(self._frozen_names, mesh, self.config.dtype)
+    params = self._load_frozen(self._frozen_names, mesh)
     if TEXT_ENCODER in params:
       params["empty_text"] = self._empty_text(params)
     return params
 
   def frozen_shapes(self, mesh: Mesh) -> dict[str, PyTree]:
     """Returns what `frozen` would, as shapes with shardings."""
-    dtype = jnp.dtype(self.config.dtype)
-    params = self._opened.frozen_shapes(self._frozen_names, mesh, dtype)
+    params = {}
+    for name in self._frozen_names:
+      params |= self._opened.frozen_shapes((name,), mesh, self._dtype(name))
     if TEXT_ENCODER in params:
       with sharding.use(mesh):
         text = jax.eval_shape(self.embed, params, self._loss.empty)
@@ -206,15 +218,27 @@ class DiffusionTask:
   def frozen_encoders(self, mesh: Mesh) -> dict[str, PyTree]:
     """Returns the parameters of `posterior` and, unless trained, `embed`."""
     names = tuple(n for n in (VAE, TEXT_ENCODER) if n in self._frozen_names)
-    return self._opened.frozen(names, mesh, self.config.dtype)
+    return self._load_frozen(names, mesh)
+
+  def _load_frozen(
+    self, names: tuple[str, ...], mesh: Mesh
+  ) -> dict[str, PyTree]:
+    params = {}
+    for name in names:
+      params |= self._opened.frozen((name,), mesh, self._dtype(name))
+    return params
+
+  def _dtype(self, name: str) -> jnp.dtype:
+    """What a component computes in."""
+    is_vae = name == VAE and self.config.vae_dtype is not None
+    return jnp.dtype(self.config.vae_dtype if is_vae else self.config.dtype)
 
   def posterior(
     self, params: dict[str, PyTree], video: UInt8[Array, "b F H W 3"]
   ) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
     """Returns the mean and the deviation of the scaled latents of videos."""
     family, config = self._opened.family, self._opened.config
-    dtype = jnp.dtype(self.config.dtype)
-    encode = family.create_autoencoder(config, dtype).encode
+    encode = family.create_autoencoder(config, self._dtype(VAE)).encode
     mean, logvar = encode(params[VAE], noising.to_signed(video))
     published = self.model.published_configs()[f"{VAE}/config.json"]
     scale = published["scaling_factor"]
@@ -259,8 +283,15 @@ class DiffusionTask:
     kept = ""
     if training.image_frames != (0,) or facts.MOTION in training.numbers:
       kept = f"frames {training.image_frames}, {training.numbers}"
+    dtype, of_text = self._dtype(VAE).name, self._dtype(TEXT_ENCODER).name
+    if text is not None and of_text != dtype:
+      dtype = f"{dtype}, text {of_text}"
     return cache.Encoders(
-      self._hash(VAE), text, self.config.dtype, self._takes_image, kept
+      self._hash(VAE),
+      text,
+      dtype,
+      self._takes_image,
+      kept,
     )
 
   def kept(self, window: UInt8[np.ndarray, "F H W 3"]) -> dict[str, np.ndarray]:

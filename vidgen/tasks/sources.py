@@ -182,7 +182,14 @@ class Opened:
     )
 
   def model(
-    self, dtype: DTypeLike, remat: str, folder: pathlib.Path | None
+    self,
+    dtype: DTypeLike,
+    folder: pathlib.Path | None,
+    *,
+    remat: str,
+    unroll: int,
   ) -> Any:
     """Returns the model, with the tokenizer in `folder`."""
-    return self.family.create(self.config, dtype, folder, remat=remat)
+    return self.family.create(
+      self.config, dtype, folder, remat=remat, unroll=unroll
+    )

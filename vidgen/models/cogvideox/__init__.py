@@ -47,9 +47,11 @@ def create(
   tokenizer_folder: pathlib.Path,
   *,
   remat: str = "none",
+  unroll: int = 1,
 ) -> CogVideoX:
   """Returns a model of any config, to be trained from its first step on."""
-  return CogVideoX(config, dtype, tokenizer.load(tokenizer_folder), remat)
+  tokens = tokenizer.load(tokenizer_folder)
+  return CogVideoX(config, dtype, tokens, remat, unroll)
 
 
 def create_autoencoder(

@@ -64,6 +64,7 @@ class CogVideoX:
     tokenizer: The checkpoint's own.
     remat: What of the transformer is kept for the backward pass; see
       `transformer.Transformer`.
+    unroll: As of `transformer.Transformer`.
     attention: The implementation of the transformer's attention; None is the
       fastest of the platform.
   """
@@ -72,6 +73,7 @@ class CogVideoX:
   dtype: DTypeLike
   tokenizer: tokenizer.Tokenizer
   remat: str = "none"
+  unroll: int = 1
   attention: str | None = None
 
   # What the family is, whatever the checkpoint.
@@ -316,6 +318,7 @@ class CogVideoX:
       self.config.transformer,
       dtype=self.dtype,
       remat=self.remat,
+      unroll=self.unroll,
       attention=self.attention,
     )
     inputs = x

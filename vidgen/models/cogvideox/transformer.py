@@ -320,6 +320,8 @@ class Transformer(nn.Module):
     remat: What is kept for the backward pass: "none" keeps all, "full" the
       input of each block, "attention" what it gives, too, "dots" what dense
       layers give.
+    unroll: How many blocks one round of the loop over them runs. More compile
+      for longer, and copy less of what the backward pass needs.
     attention: Its implementation; None is the fastest of the platform.
   """
 
@@ -327,6 +329,7 @@ class Transformer(nn.Module):
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
   remat: str = "none"
+  unroll: int = 1
   attention: str | None = None
 
   @nn.compact
@@ -365,6 +368,7 @@ class Transformer(nn.Module):
       split_rngs={"params": True},
       in_axes=nn.broadcast,
       length=config.num_layers,
+      unroll=self.unroll,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(
       config.num_attention_heads,

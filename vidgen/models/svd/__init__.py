@@ -4,6 +4,7 @@ import pathlib
 
 from jax.typing import DTypeLike
 
+from vidgen import errors
 from vidgen.encoders import clip_tokenizer
 from vidgen.models.svd.autoencoder import Autoencoder
 from vidgen.models.svd.components import components
@@ -47,6 +48,7 @@ def create(
   tokenizer_folder: pathlib.Path | None = None,
   *,
   remat: str = "none",
+  unroll: int = 1,
 ) -> StableVideoDiffusion:
   """Returns a model of any config, to be trained from its first step on.
 
@@ -55,7 +57,16 @@ def create(
     dtype: What the networks compute in.
     tokenizer_folder: Where its tokenizer is, if it reads a text.
     remat: As of `StableVideoDiffusion`.
+    unroll: 1: there is no loop over blocks.
+
+  Raises:
+    InputError: Another `unroll`.
   """
+  if unroll != 1:
+    raise errors.InputError(
+      f"config: unroll={unroll}: this model has no loop over blocks; leave it "
+      "at 1."
+    )
   tokenizer = None
   if config.text_encoder is not None:
     length = config.text_encoder.max_position_embeddings
