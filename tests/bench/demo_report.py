@@ -2,7 +2,8 @@ r"""Measures how well a model of moving shapes does what its prompts say.
 
 python tests/bench/demo_report.py [--checkpoint=demo] [--prompts=200] \
     [--sets=seen,unseen,two] [--batch_size=16] [--num_steps=N] \
-    [--guidance_scale=X] [--seed=0] [--out=DIR] [--reconstructions]
+    [--guidance_scale=X] [--sampler=NAME] [--seed=0] [--out=DIR] \
+    [--reconstructions]
 
 Samples a clip for each prompt of three sets and has the judge of
 vidgen.metrics.moving_shapes read it: one object of combinations that training
@@ -53,6 +54,7 @@ _SETS = flags.DEFINE_list("sets", list(SETS), "Which sets.")
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Clips sampled at a time.")
 _STEPS = flags.DEFINE_integer("num_steps", None, "The model's own if None.")
 _SCALE = flags.DEFINE_float("guidance_scale", None, "As num_steps.")
+_SAMPLER = flags.DEFINE_string("sampler", None, "As num_steps.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the prompts and the noise.")
 _OUT = flags.DEFINE_string("out", None, "Where report and sheets go.")
 _RECONSTRUCTIONS = flags.DEFINE_bool(
@@ -346,7 +348,11 @@ def main(_) -> None:
       figures[f"{name}_psnr"] = mean
       print(f"{NAMES[name]}: reconstructions have {mean:.2f} dB")
     else:
-      options = dict(num_steps=_STEPS.value, guidance_scale=_SCALE.value)
+      options = dict(
+        num_steps=_STEPS.value,
+        guidance_scale=_SCALE.value,
+        sampler=_SAMPLER.value,
+      )
       frames = list(
         sample(pipeline, captions, _BATCH.value, _SEED.value, **options)
       )
