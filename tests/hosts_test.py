@@ -15,7 +15,7 @@ import jax
 import pytest
 
 import vidgen
-from vidgen import errors, hosts, rollcall
+from vidgen import errors, hosts, joining, links, rollcall
 from vidgen.cli import cache, main
 
 ROOT = pathlib.Path(vidgen.__file__).parent.parent
@@ -264,7 +264,7 @@ def test_places_that_make_no_sense(environ, word):
 
 
 def test_alone_nothing_is_joined():
-  with hosts.joined({}, {"seed": 1}):
+  with joining.joined({}, {"seed": 1}):
     pass
 
 
@@ -301,7 +301,7 @@ except errors.VidgenError as error:
 # Without JAX a worker starts at once.
 WORKER = """
 import os, signal, sys, time, types
-from vidgen import errors, hosts
+from vidgen import errors, joining
 rank, what, seed = os.environ["VIDGEN_PROCESS"], sys.argv[1], int(sys.argv[2])
 nothing = types.SimpleNamespace(initialize=lambda *args, **kwargs: None)
 faults = types.SimpleNamespace(JaxRuntimeError=RuntimeError)
@@ -311,7 +311,7 @@ if what == "early" and rank == "1":
 if what == "saved":
   signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 try:
-  with hosts.joined(os.environ, {"config": {"seed": seed}}):
+  with joining.joined(os.environ, {"config": {"seed": seed}}):
     print("joined", os.getpid(), flush=True)
     if what == "done":
       sys.exit(0)
@@ -591,7 +591,7 @@ def test_strangers():
     def call(data):
       connection = socket.create_connection(("localhost", port), timeout=10)
       connection.sendall(data)
-      return stack.enter_context(hosts.Link(connection))
+      return stack.enter_context(links.Link(connection))
 
     hello = lambda **x: json.dumps({"host": "h", **x}).encode() + b"\n"
     first = call(hello(hello=1, processes=2))

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(vidgen.__file__).parent.parent
 # A training command on several processes, as `vidgen train` is one.
 COMMAND = """
 import dataclasses, os, sys
-from vidgen import errors, hosts, supervisor
+from vidgen import errors, hosts, joining, supervisor
 try:
   if place := hosts.find(os.environ):
     again = [sys.executable, "-c", sys.argv[1], *sys.argv[1:]]
@@ -32,7 +32,7 @@ try:
   from vidgen import train
   _, data, workdir = sys.argv[1:]
   config = toy_training.config(data, 1000, 0.1, mesh={"data": 2})
-  with hosts.joined(os.environ, dataclasses.asdict(config)):
+  with joining.joined(os.environ, dataclasses.asdict(config)):
     print("worker", os.getpid(), flush=True)
     train.run(config, workdir)
 except errors.VidgenError as error:

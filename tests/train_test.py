@@ -21,6 +21,7 @@ from tests import tiny_training
 from vidgen import (
   adapters,
   errors,
+  optimizers,
   outputs,
   runs,
   sharding,
@@ -374,7 +375,7 @@ def test_diverged(data_dir, checkpoint, tmp_path):
     ({"accumulate": 3}, "3 equal parts"),
     ({"mesh": {"data": 8}}, "4 does not divide"),
     ({"seed": -1}, "seed"),
-    ({"optimizers": {"vae": train.OptimizerConfig()}}, "vae"),
+    ({"optimizers": {"vae": optimizers.OptimizerConfig()}}, "vae"),
   ],
 )
 def test_bad_configs(fields, word, data_dir, checkpoint, tmp_path):
@@ -403,7 +404,7 @@ def test_an_optimiser_starts_from_the_given_weights(
     data_dir,
     checkpoint,
     optimizers={
-      "transformer": train.OptimizerConfig("schedule_free_adamw", {})
+      "transformer": optimizers.OptimizerConfig("schedule_free_adamw", {})
     },
   )
   mesh = sharding.make_mesh(None)

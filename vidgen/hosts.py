@@ -1,28 +1,19 @@
-"""Processes on several hosts that make one run: who they are, how they join.
+"""Processes on several hosts that make one run: who each of them is.
 
 Each process of a run is a worker under a supervisor of its own
 (`vidgen.supervisor`), which keeps in touch with the other supervisors and ends
 the worker when another is lost: JAX's own client would abort with a stack.
 """
 
-import atexit
-import contextlib
-import ctypes
 import dataclasses
 import glob
-import importlib.metadata
-import json
-import os
 import re
-import signal
-import socket
-import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from vidgen import errors
+from vidgen import errors, links
 
 # What a process is told of its place by hand; see launch/README.md.
 COORDINATOR = "VIDGEN_COORDINATOR"
@@ -31,21 +22,9 @@ PROCESS = "VIDGEN_PROCESS"
 HEARTBEAT = "VIDGEN_HEARTBEAT"
 JOIN_TIMEOUT = "VIDGEN_JOIN_TIMEOUT"
 
-# A worker's socket to its supervisor, and that one's process: DESCRIPTOR:PID.
-LINK = "VIDGEN_LINK"
-
 PORT = 8476
 
-# Devices feel that a host is gone long before it is missed, but not as these.
-_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")
-
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/"
-
-
-class LostError(errors.VidgenError):
-  """Another process of the run is lost; run it again to go on: exit code 75."""
-
-  exit_code = 75
 
 
 class JoinError(errors.VidgenError, OSError):
@@ -96,7 +75,7 @@ def find(
   Raises:
     InputError: A place that makes no sense.
   """
-  if environ.get(PROCESSES, "") == "1" or LINK in environ:
+  if environ.get(PROCESSES, "") == "1" or links.LINK in environ:
     return None
   if metadata is None:
     metadata = _metadata if _has_tpu(environ) else lambda name: None
@@ -315,150 +294,3 @@ def _metadata(name: str) -> str | None:
       return answer.read().decode()
   except (urllib.error.URLError, TimeoutError):
     return None
-
-
-@contextlib.contextmanager
-def joined(
-  environ: Mapping[str, str], what: Mapping[str, Any]
-) -> Iterator[None]:
-  """Joins the processes of a run, where there are several, for what is within.
-
-  To be entered before JAX looks for its devices.
-
-  Args:
-    environ: The environment.
-    what: What has to be the same on all, as JSON has it, by name.
-
-  Raises:
-    InputError: Another process has another config, or other versions.
-  """
-  if LINK not in environ:
-    yield
-    return
-  descriptor, parent = map(int, environ[LINK].split(":"))
-  with Link(socket.socket(fileno=descriptor)) as link:
-    die_with(parent)
-    link.send(ready={**what, "versions": versions()})
-    go = link.receive()["go"]
-    import jax
-
-    jax.distributed.initialize(
-      f"{go['host']}:{go['port']}",
-      go["processes"],
-      go["process"],
-      local_device_ids=go["local_devices"],
-      cluster_detection_method="deactivate",
-      initialization_timeout=int(go["join_timeout"]),
-      heartbeat_timeout_seconds=int(go["jax_heartbeat"]),
-      # One process may be at work for long after the others, publishing.
-      shutdown_timeout_seconds=24 * 3600,
-    )
-    try:
-      yield
-    except errors.PreemptedError as error:
-      link.send(ending=error.exit_code)
-      raise
-    except Exception as error:
-      # It may come of a process that is lost. Then the supervisor says so, and
-      # ends this one.
-      link.send(**_failure(error, jax.errors.JaxRuntimeError))
-      link.receive()
-      atexit.register(_leave, getattr(error, "exit_code", 1))
-      raise
-
-
-def _failure(error: Exception, of_devices: type[Exception]) -> dict[str, Any]:
-  """Returns what the supervisor is told of an error."""
-  lines = str(error).strip().splitlines() or [""]
-  line = lines[0].rstrip(".")[:300]
-  if isinstance(error, errors.VidgenError):
-    return {"failed": error.exit_code, "text": f"ended: {line}", "late": False}
-  return {
-    "failed": 1,
-    "text": f"failed: {type(error).__name__}: {line}; see there",
-    # Devices feel that a host is gone long before it is missed.
-    "late": isinstance(error, of_devices) and not line.startswith(_OWN_FAULTS),
-  }
-
-
-def versions() -> dict[str, str]:
-  """Returns the versions that all processes must share."""
-  names = ("vidgen", "jax", "jaxlib", "flax", "optax")
-  found = {}
-  for name in names:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      found[name] = importlib.metadata.version(name)
-  return found
-
-
-class Link:
-  """A connection that carries lines of JSON.
-
-  Nothing is lost of a line that comes in pieces; whatever else goes wrong with
-  the connection is its end.
-  """
-
-  def __init__(self, connection: socket.socket):
-    self.connection = connection
-    self._rest = b""
-
-  def __enter__(self) -> "Link":
-    return self
-
-  def __exit__(self, *exception: Any) -> None:
-    self.connection.close()
-
-  def fileno(self) -> int:
-    """The descriptor, for selectors."""
-    return self.connection.fileno()
-
-  def send(self, **message: Any) -> None:
-    """Sends a message; one that nobody takes is dropped."""
-    with contextlib.suppress(OSError):
-      self.connection.sendall(json.dumps(message).encode() + b"\n")
-
-  def poll(self, longest: int = 1 << 24) -> list[dict[str, Any]] | None:
-    """Returns the messages that are there; None at the end.
-
-    Waits for bytes where none are there: ask a selector first. A message of
-    more than `longest` bytes is the end too.
-    """
-    try:
-      data = self.connection.recv(1 << 16)
-    except BlockingIOError:
-      return []
-    except OSError:
-      data = b""
-    if not data or len(self._rest) > longest:
-      return None
-    *lines, self._rest = (self._rest + data).split(b"\n")
-    try:
-      messages = [json.loads(line) for line in lines]
-    except ValueError:
-      return None
-    if not all(isinstance(message, dict) for message in messages):
-      return None
-    return messages
-
-  def receive(self) -> dict[str, Any]:
-    """Waits for a message; nothing else may come with it."""
-    while not (messages := self.poll()):
-      if messages is None:
-        raise LostError("the supervisor of this process is gone.")
-    return messages[0]
-
-
-def _leave(code: int) -> None:
-  """Ends at once: JAX would wait for the others at its own end."""
-  for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(OSError, ValueError):
-      stream.flush()
-  os._exit(code)
-
-
-def die_with(parent: int) -> None:
-  """Asks the system to end this process when the one that started it ends."""
-  pdeathsig = 1
-  ctypes.CDLL(None).prctl(pdeathsig, signal.SIGKILL)
-  if os.getppid() != parent:
-    raise LostError("the supervisor of this process is gone.")

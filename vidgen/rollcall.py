@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from vidgen import errors, hosts
+from vidgen import errors, hosts, links
 
 # Seconds that a failure waits for the news of a loss that explains it.
 _PATIENCE = 3.0
@@ -34,7 +34,7 @@ class Member:
     code: Its exit code; None while it is at work.
   """
 
-  link: hosts.Link
+  link: links.Link
   host: str
   heard: float
   ready: dict[str, Any] | None = None
@@ -70,7 +70,7 @@ class RollCall:
     """
     self._place = place
     self._members: dict[int, Member] = {}
-    self._strangers: dict[hosts.Link, float] = {}
+    self._strangers: dict[links.Link, float] = {}
     self._began = self._ended = False
     self._last_word: dict[str, Any] | None = None
     self._doubtful: _Doubt | None = None
@@ -120,11 +120,11 @@ class RollCall:
     with contextlib.suppress(OSError):
       connection, _ = self._listener.accept()
       connection.settimeout(5)
-      link = hosts.Link(connection)
+      link = links.Link(connection)
       self._strangers[link] = time.monotonic()
       self._selector.register(link, selectors.EVENT_READ)
 
-  def _read(self, link: hosts.Link) -> None:
+  def _read(self, link: links.Link) -> None:
     messages = link.poll()
     for message in messages or ():
       if link in self._strangers:
@@ -137,7 +137,7 @@ class RollCall:
     if messages is None:
       self._close(link)
 
-  def _greet(self, link: hosts.Link, message: dict[str, Any]) -> None:
+  def _greet(self, link: links.Link, message: dict[str, Any]) -> None:
     """Takes in a supervisor that says who it is."""
     del self._strangers[link]
     process, host = message.get("hello"), str(message.get("host"))[:200]
@@ -182,7 +182,7 @@ class RollCall:
     for link in list(self._strangers):
       self._close(link)
 
-  def _refuse(self, link: hosts.Link, text: str) -> None:
+  def _refuse(self, link: links.Link, text: str) -> None:
     link.send(stop=errors.InputError.exit_code, text=text, grace=0)
     self._close(link)
 
@@ -242,7 +242,7 @@ class RollCall:
     if doubt.lost in self._members and doubt.lost != doubt.process:
       host = self._members[doubt.lost].host
       self._end(
-        hosts.LostError.exit_code,
+        links.LostError.exit_code,
         f"process {doubt.lost} on {host} hangs; run the same command to go on.",
       )
     else:
@@ -275,7 +275,7 @@ class RollCall:
         member.link.send(**self._last_word)
     self._hang_up_if_heard()
 
-  def _close(self, link: hosts.Link) -> None:
+  def _close(self, link: links.Link) -> None:
     """Forgets a connection; that of a process at work is its loss."""
     self._strangers.pop(link, None)
     if link.fileno() < 0:
@@ -289,7 +289,7 @@ class RollCall:
   def _lose(self, process: int, how: str) -> None:
     """Ends the run for the loss of one."""
     member = self._members[process]
-    member.code = hosts.LostError.exit_code
+    member.code = links.LostError.exit_code
     self._end(
       member.code,
       f"process {process} on {member.host} {how}; run the same command to go "

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vidgen import hosts, rollcall
+from vidgen import hosts, links, rollcall
 
 # Exit codes that say all there is to say.
 _TOLD = (2, 3, 4, 74, 75)
@@ -81,11 +81,11 @@ class Supervisor:
 
   def __init__(self, place: hosts.Place, signals: Signals):
     self._place, self._signals = place, signals
-    self._link: hosts.Link | None = None
+    self._link: links.Link | None = None
     self._unsent: list[dict[str, Any]] = []
     self._selector = selectors.DefaultSelector()
     self._worker: subprocess.Popen | None = None
-    self._wire: hosts.Link | None = None
+    self._wire: links.Link | None = None
     self._heard = time.monotonic()
     self._passed = 0
     # What ends the worker from without: exit code, reason, and when.
@@ -132,14 +132,14 @@ class Supervisor:
     os.set_inheritable(theirs.fileno(), True)
     self._worker = subprocess.Popen(
       list(command),
-      env={**environ, hosts.LINK: f"{theirs.fileno()}:{os.getpid()}"},
+      env={**environ, links.LINK: f"{theirs.fileno()}:{os.getpid()}"},
       stderr=subprocess.PIPE,
       pass_fds=[theirs.fileno()],
       # Ctrl-C comes here, and goes on as a request to save.
       start_new_session=True,
     )
     theirs.close()
-    self._wire = hosts.Link(ours)
+    self._wire = links.Link(ours)
     for source in (self._wire, self._worker.stderr):
       self._selector.register(source, selectors.EVENT_READ)
 
@@ -164,7 +164,7 @@ class Supervisor:
         ) from e
       return
     connection.settimeout(5)
-    self._link, self._heard = hosts.Link(connection), time.monotonic()
+    self._link, self._heard = links.Link(connection), time.monotonic()
     self._selector.register(self._link, selectors.EVENT_READ)
     self._link.send(
       hello=self._place.process,
@@ -234,7 +234,7 @@ class Supervisor:
     """Notes that process 0 does not answer."""
     if self._stop is None:
       self._stop = (
-        hosts.LostError.exit_code,
+        links.LostError.exit_code,
         f"process 0 on {self._place.host} {how}; run the same command to go "
         "on.",
         time.monotonic(),
@@ -267,7 +267,7 @@ class Supervisor:
       code = self._ending
     elif status < 0:
       name = signal.Signals(-status).name
-      code = hosts.LostError.exit_code
+      code = links.LostError.exit_code
       text = f"was ended by {name}; run the same command to go on"
     if self._ending is None and self._stop is None:
       self._send(ended=code, text=text, **self._seen(status))

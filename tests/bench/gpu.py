@@ -33,7 +33,7 @@ from flax import linen as nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from vidgen import meters, programs, progress, sharding, train
+from vidgen import meters, optimizers, programs, progress, sharding, train
 from vidgen.data import buckets, loader
 from vidgen.models import base
 from vidgen.pipeline import Pipeline
@@ -179,7 +179,7 @@ def step(model: str, folder: pathlib.Path) -> dict[str, Any]:
       source=sources.Source(checkpoint=str(checkpoint(model, folder))),
       remat=_REMAT.value,
     ),
-    stages=(train.Stage(1, data, train.Rate()),),
+    stages=(train.Stage(1, data, optimizers.Rate()),),
   )
   job = programs.TrainJob(config, folder)
   start = time.perf_counter()

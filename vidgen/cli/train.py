@@ -45,7 +45,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
 
 def run(values: flags.FlagValues) -> None:
   """Trains, and says where the result is."""
-  from vidgen import hosts, train
+  from vidgen import joining, train
 
   if not values["workdir"].value:
     raise errors.InputError(
@@ -54,6 +54,6 @@ def run(values: flags.FlagValues) -> None:
   cache.enable()
   config, workdir = values["config"].value, values["workdir"].value
   what = {"config": dataclasses.asdict(config), "workdir": workdir}
-  with hosts.joined(os.environ, what):
+  with joining.joined(os.environ, what):
     published = train.run(config, workdir, origin.of(values, "workdir"))
   print(f"Trained; the result is in {published}.")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from vidgen import errors, hosts
+from vidgen import errors, links
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -30,7 +30,7 @@ def mapping(count: int) -> Iterator[Map]:
     count,
     # A fork would take the threads' locks along.
     multiprocessing.get_context("spawn"),
-    initializer=hosts.die_with,
+    initializer=links.die_with,
     initargs=(os.getpid(),),
   )
   try:
