@@ -58,16 +58,6 @@ def test_kernel_is_its_definition_pair_by_pair():
   assert got.low < got.value < got.high
 
 
-def test_kernels_resamples_are_sets_with_repeats():
-  x, y = _sets(6, 6, 4)
-  sets = intervals.two_sets(6, 6, 40, 3)
-  drawn = np.array([_mmd_by_pairs(x[a], y[b]) for a, b in sets])
-  value = _mmd_by_pairs(x, y)
-  want = value + np.percentile(drawn, [2.5, 97.5]) - drawn.mean()
-  got = distributions.kernel(x, y, resamples=40, seed=3)
-  np.testing.assert_allclose([got.low, got.high], want, rtol=1e-9)
-
-
 def test_kernel_is_unbiased_where_frechet_is_not():
   rng = np.random.default_rng(1)
   pairs = [rng.normal(size=(2, 16, 24)) for _ in range(200)]
@@ -88,13 +78,16 @@ def test_frechets_interval_is_seeded_and_holds_the_value():
   assert 0 <= a.low < a.value == c.value < a.high
 
 
-def _shares(n, d, shift, want, sets=200):
+def _shares(n, d, shift, want, sets=200, kernel=False):
   """How often the interval holds what it is of, and `want`; its width."""
   rng = np.random.default_rng(0)
   draw = lambda: (rng.normal(size=(n, d)), shift + rng.normal(size=(n, d)))
-  estimate = distributions.frechet_estimate
+  estimate, distance = distributions.frechet_estimate, distributions.frechet
+  if kernel:
+    estimate = distributions.kernel
+    distance = lambda *sets: estimate(*sets, resamples=0).value
   made = [estimate(*draw(), resamples=40) for _ in range(sets)]
-  more = [distributions.frechet(*draw()) for _ in range(1000)]
+  more = [distance(*draw()) for _ in range(1000)]
   low, high = np.array([(one.low, one.high) for one in made]).T
   share = lambda value: np.mean((low <= value) & (value <= high))
   return share(np.mean(more)), share(want), np.mean(high - low) / np.std(more)
@@ -110,6 +103,13 @@ def test_frechets_interval_holds_a_known_distance_as_often_as_it_says():
     share, _, width = _shares(n, d, 0.0, 0.0)
     assert 0.9 < share < 0.985
     assert width < 5
+
+
+@pytest.mark.parametrize("n, d, shift", [(100, 4, 0.5), (60, 6, 0.0)])
+def test_kernels_interval_holds_its_mean_as_often_as_it_says(n, d, shift):
+  share, _, width = _shares(n, d, shift, 0.0, kernel=True)
+  assert 0.9 < share < 0.985
+  assert 3.5 < width < 5
 
 
 def test_sets_of_one_are_an_error():

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 _LOW, _HIGH = 2.5, 97.5
 
@@ -40,32 +40,6 @@ def mean(
   return Estimate(value, float(low), float(high))
 
 
-def centred(
-  value: float, drawn: Float[np.ndarray, " r"], least: float = -np.inf
-) -> Estimate:
-  """Returns an interval around `value` as wide as that of resamples.
-
-  A resample holds some clips twice, which raises a distance between
-  distributions: only the spread of the resamples counts, not their mean.
-
-  Args:
-    value: The distance of all clips.
-    drawn: The distances of the resamples.
-    least: No distance is smaller.
-  """
-  spread = np.percentile(drawn, [_LOW, _HIGH]) - np.mean(drawn)
-  low, high = np.maximum(value + spread, least)
-  return Estimate(value, float(low), float(high))
-
-
-def two_sets(
-  n: int, m: int, resamples: int, seed: int
-) -> Iterator[tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]]:
-  """Yields resamples of two sets, which are drawn apart."""
-  first, second = draws(n, resamples, seed), draws(m, resamples, seed + 1)
-  yield from zip(first, second, strict=True)
-
-
 def draws(n: int, resamples: int, seed: int) -> Iterator[Int[np.ndarray, " n"]]:
   """Yields `n` of `n` indices, with replacement, `resamples` times."""
   generator = np.random.default_rng(seed)
@@ -75,8 +49,8 @@ def draws(n: int, resamples: int, seed: int) -> Iterator[Int[np.ndarray, " n"]]:
 
 def halved(
   distance: Callable[[np.ndarray, np.ndarray], float],
-  x: Float[np.ndarray, "n ..."],
-  y: Float[np.ndarray, "m ..."],
+  x: Num[np.ndarray, "n ..."],
+  y: Num[np.ndarray, "m ..."],
   evaluations: int,
   seed: int,
   least: float = -np.inf,
@@ -84,10 +58,12 @@ def halved(
   """Returns the distance of two sets of features, and an interval around it.
 
   It is of the distance that sets of so many members have on the average, which
-  for Fréchet's is larger than that of the distributions they are drawn from.
+  for Fréchet's is larger than that of the distributions they are drawn from,
+  and for the kernel's is the same.
 
   Both sets are halved at random, many times: Shao and Wu 1989,
-  https://doi.org/10.1214/aos/1176347263. Where one half's mean is off by e, the
+  https://doi.org/10.1214/aos/1176347263. Where one half's mean,
+  of features or of what a kernel maps them to, is off by e, the
   other's is by -e, so that half the difference of their distances has the
   variance L + 2Q, of what is linear and what is quadratic in e, and their mean
   Q. That of the distance itself is L + Q. Resamples of a bootstrap have
@@ -96,7 +72,7 @@ def halved(
 
   Args:
     distance: Of two sets, symmetric or not.
-    x: One set.
+    x: One set: features, or what `distance` knows its members by.
     y: The other.
     evaluations: How often a distance of halves is computed.
     seed: Of the halves.

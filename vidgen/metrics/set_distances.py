@@ -188,10 +188,11 @@ def _estimate(
   name: str, x: np.ndarray, y: np.ndarray, settings: Settings
 ) -> intervals.Estimate:
   draws, seed = settings.resamples, settings.seed
+  if name in ("kvd", "fvd"):
+    draws = min(draws, distributions.RESAMPLES)
   if name == "kvd":
     return distributions.kernel(x, y, draws, seed)
   if name == "fvd":
-    draws = min(draws, distributions.RESAMPLES)
     return distributions.frechet_estimate(x, y, draws, seed)
   # Clips are drawn, not frames, which are alike within a clip.
   flat = lambda features: features.reshape(-1, features.shape[-1])
