@@ -13,11 +13,11 @@ ROOT = pathlib.Path(vidgen.__file__).parent
 
 # From the bottom to the top: a module imports from lower layers or its own.
 LAYERS = (
-  {"errors", "version"},
+  {"errors", "version", "codehash"},
   {"meshes"},
   {"sharding", "optimizers"},
   {"layouts"},
-  {"nn", "train_step"},
+  {"nn", "train_step", "shapefile"},
   {"diffusion", "samplers", "tensorheader", "tensorfile", "placement"},
   {"weights", "lora", "manifest", "orbaxfile"},
   {"encoders"},

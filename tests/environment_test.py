@@ -41,6 +41,16 @@ def test_versions():
   assert found["libavcodec"].count(".") == 2
 
 
+def test_versions_of_what_runs_gpus(tmp_path, monkeypatch):
+  for name in ("nvidia_cudnn_cu12-9.10.2.21", "jax_cuda12_plugin-0.10.2"):
+    (tmp_path / f"{name}.dist-info").mkdir()
+  (tmp_path / "nvidia").mkdir()
+  monkeypatch.syspath_prepend(tmp_path)
+  found = environment.versions()
+  assert found["nvidia-cudnn-cu12"] == "9.10.2.21"
+  assert found["jax-cuda12-plugin"] == "0.10.2"
+
+
 def test_code_of_a_clean_and_of_a_changed_clone(clone):
   clean = environment.code()
   assert len(clean["commit"]) == 40

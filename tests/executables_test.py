@@ -2,14 +2,25 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import vidgen
 from tests import tiny_cogvideox
+from vidgen import (
+  ahead,
+  environment,
+  errors,
+  executables,
+  loading,
+  programs,
+  sample,
+)
 from vidgen import compile as compiling
-from vidgen import errors, executables, programs, sample
 from vidgen.models import base
 
 REQUEST = {"num_steps": 2}
@@ -64,6 +75,87 @@ def test_what_a_plan_needs_is_compiled_while_weights_load(checkpoint, want):
   got = pipeline.sample("a panda", **REQUEST)
   np.testing.assert_array_equal(got, want)
   assert compiled(pipeline) == 0
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+  """Where programs are kept from one job to the next."""
+  # Nothing is taken from what other tests compiled.
+  monkeypatch.setattr(executables, "folder", tmp_path / "programs")
+  with compiling._without_cache():
+    yield tmp_path / "programs"
+
+
+def sampled(checkpoint, **request):
+  """The clip of a job, and how many programs its pipeline found ready."""
+  plan = lambda model, folder: [model.plan(base.Request(**REQUEST, **request))]
+  pipeline = vidgen.load(checkpoint, dtype="float32", check=plan)
+  ready = len(pipeline.ready)
+  got = pipeline.sample("a panda", **REQUEST, **request)
+  assert compiled(pipeline) == 3 - ready
+  return got, ready
+
+
+def test_a_jobs_programs_are_kept_for_the_next(
+  checkpoint, kept, want, monkeypatch
+):
+  got, ready = sampled(checkpoint)
+  (folder,) = kept.iterdir()
+  np.testing.assert_array_equal(got, want)
+  assert ready == 3
+  # Now nothing is traced.
+  monkeypatch.setattr(ahead, "programs", None)
+  got, ready = sampled(checkpoint)
+  np.testing.assert_array_equal(got, want)
+  assert ready == 3 and list(kept.iterdir()) == [folder]
+  # What is damaged is compiled again, and forgotten.
+  path = min(folder.glob("*.xla"))
+  path.write_bytes(path.read_bytes()[:-1])
+  got, ready = sampled(checkpoint)
+  np.testing.assert_array_equal(got, want)
+  assert ready == 0 and not folder.exists()
+
+
+def test_another_job_keeps_its_own(checkpoint, kept, monkeypatch):
+  model = vidgen.load(checkpoint, dtype="float32").model
+  plan = lambda **request: model.plan(base.Request(**REQUEST, **request))
+  identity = {"model": "x"}
+  known = executables.kept(identity, [plan()])
+  assert known == executables.kept(identity, [plan()])
+  monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+  others = [
+    executables.kept(identity, [plan()]),
+    executables.kept({"model": "y"}, [plan()]),
+    executables.kept(identity, [plan(num_frames=1)]),
+    executables.kept(identity, [plan(guidance_scale=1.0)]),
+  ]
+  monkeypatch.setattr(environment, "instructions", lambda: "sse")
+  others.append(executables.kept(identity, [plan()]))
+  assert len({known, *others}) == 6
+  monkeypatch.setattr(executables, "folder", None)
+  assert executables.kept(identity, [plan()]) is None
+
+
+def test_what_the_persistent_cache_had_is_not_kept(
+  checkpoint, tmp_path, monkeypatch
+):
+  """Read from there and saved, a program fails when it is called."""
+  monkeypatch.setattr(executables, "folder", tmp_path / "programs")
+  least = "jax_persistent_cache_min_compile_time_secs"
+  before = getattr(jax.config, least)
+  jax.config.update(least, 0.0)
+  function = jax.jit(lambda x: jnp.tanh(x) @ x)
+  x = jax.ShapeDtypeStruct((7, 7), jnp.float32)
+  with executables.cached() as first:
+    function.lower(x).compile()
+  jax.clear_caches()
+  with executables.cached() as again:
+    function.lower(x).compile()
+  jax.config.update(least, before)
+  assert not first and len(again) == 1
+  monkeypatch.setattr(loading.executables, "cached", lambda: nullcontext(["x"]))
+  sampled(checkpoint)
+  assert not (tmp_path / "programs").exists()
 
 
 def test_programs_of_another_model_are_refused(saved, tmp_path):

@@ -49,6 +49,9 @@ class Ready:
     """Takes programs, by key."""
     self._programs |= programs
 
+  def __len__(self) -> int:
+    return len(self._programs)
+
   def __contains__(self, key: str) -> bool:
     return key in self._programs
 

@@ -6,14 +6,15 @@ before a file is opened, and what they were compiled for, which must be what is
 here. Load those alone that you made.
 """
 
-import functools
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +22,24 @@ import jax.numpy as jnp
 import jaxlib
 from jax.experimental import serialize_executable
 
-from vidgen import checkpoint, errors, tensorheader, version
+from vidgen import (
+  checkpoint,
+  codehash,
+  environment,
+  errors,
+  tensorheader,
+  version,
+)
+from vidgen.models import base
 
 INDEX = "executables.json"
+
+# What JAX says when it finds a program in its persistent cache.
+_HIT = "/jax/compilation_cache/cache_hits"
+
+# Where a job's programs are kept for the next one; None: nowhere. The command
+# line says so, no library.
+folder: pathlib.Path | None = None
 
 
 def identity(
@@ -46,7 +62,7 @@ def identity(
   return {
     "model": hashlib.sha256(text.encode()).hexdigest()[:16],
     "vidgen": version.VERSION,
-    "code": _code(),
+    "code": codehash.of_package()[:16],
     "jax": jax.__version__,
     "jaxlib": jaxlib.__version__,
     "runtime": first.client.platform_version.splitlines()[0],
@@ -54,15 +70,6 @@ def identity(
     "devices": len(devices),
     "mesh": {axis: size for axis, size in mesh.items() if size > 1},
   }
-
-
-@functools.cache
-def _code() -> str:
-  """Returns a hash of this package: a clone changes without its version."""
-  digest = hashlib.sha256()
-  for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
-    digest.update(path.read_bytes())
-  return digest.hexdigest()[:16]
 
 
 def arguments(tree: Any) -> str:
@@ -78,6 +85,58 @@ def arguments(tree: Any) -> str:
   ]
   text = f"{structure} {kinds}"
   return hashlib.sha256(text.encode()).hexdigest()
+
+
+def kept(
+  identity: Mapping[str, Any], plans: Sequence[base.Plan]
+) -> pathlib.Path | None:
+  """Returns the folder that keeps the programs of these plans, if one does.
+
+  It is named by all that they depend on, the settings of JAX and XLA and the
+  instructions of the processor among it.
+  """
+  if folder is None or jax.process_count() > 1:
+    return None
+  facts = [
+    identity,
+    {name: getattr(jax.config, name) for name in environment.SETTINGS},
+    {name: os.environ.get(name) for name in environment.VARIABLES},
+    environment.instructions(),
+    [_facts(plan) for plan in plans],
+  ]
+  text = json.dumps(facts, sort_keys=True, default=repr)
+  return folder / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _facts(plan: base.Plan) -> list[Any]:
+  """What of a plan decides its programs."""
+  guided = None if plan.guidance is None else plan.guidance.shape
+  return [
+    *(plan.num_frames, plan.height, plan.width, plan.latents, plan.padding),
+    *(plan.sampler, guided, len(plan.schedule), plan.decode_chunk),
+    sorted(plan.options.items()),
+  ]
+
+
+@contextlib.contextmanager
+def cached() -> Iterator[list[str]]:
+  """Yields a list of what this thread takes from JAX's persistent cache.
+
+  What comes from there cannot be saved again: it would be read, and then fail
+  when it is called.
+  """
+  found: list[str] = []
+  thread = threading.get_ident()
+
+  def listen(event: str, **told: Any) -> None:
+    if event == _HIT and threading.get_ident() == thread:
+      found.append(event)
+
+  jax.monitoring.register_event_listener(listen)
+  try:
+    yield found
+  finally:
+    jax.monitoring.unregister_event_listener(listen)
 
 
 def save(

@@ -1,8 +1,10 @@
 """From a folder or a hub id to a pipeline."""
 
 import contextlib
+import functools
 import math
 import pathlib
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -69,11 +71,11 @@ def load(
     model, _shapes(model, mesh, dtype), mesh, on_host=residency == "stage"
   )
   pipeline.why_mesh = why
+  devices = list(mesh.devices.flat)
+  identity = executables.identity(model, devices, mesh.shape)
   if programs is not None:
-    devices = list(mesh.devices.flat)
-    identity = executables.identity(model, devices, mesh.shape)
     pipeline.ready.add(executables.load(programs, identity, devices))
-  with _compiling(pipeline, plans):
+  with _compiling(pipeline, plans, identity):
     params = {}
     for component in model.components:
       where = None
@@ -120,30 +122,63 @@ def _shapes(model, mesh, dtype):
 
 @contextlib.contextmanager
 def _compiling(
-  pipeline: Pipeline, plans: Iterable[base.Plan]
+  pipeline: Pipeline, plans: Iterable[base.Plan], identity: dict[str, Any]
 ) -> Iterator[None]:
   """Compiles what plans need while something else is done: files are read.
 
-  A program that cannot be compiled says so when it is called.
+  What an earlier job kept is taken instead. A program that cannot be compiled
+  says so when it is called.
   """
-  todo = {
-    one.key: one for plan in plans for one in ahead.programs(pipeline, plan)
-  }
-  todo = {key: one for key, one in todo.items() if key not in pipeline.ready}
-
-  def work() -> None:
-    for key, one in todo.items():
-      try:
-        pipeline.ready.add({key: one.lower(pipeline.mesh).compile()})
-      except Exception:
-        return
-
-  thread = threading.Thread(target=work, name="compile")
+  plans, kept = list(plans), None
+  if plans and not pipeline.ready:
+    kept = executables.kept(identity, plans)
+  if kept is not None and kept.is_dir():
+    todo = functools.partial(_take_kept, pipeline, kept, identity)
+  else:
+    found = {
+      one.key: one for plan in plans for one in ahead.programs(pipeline, plan)
+    }
+    todo = functools.partial(_compile, pipeline, found, kept, identity)
+  thread = threading.Thread(target=todo, name="compile")
   thread.start()
   try:
     yield
   finally:
     thread.join()
+
+
+def _take_kept(
+  pipeline: Pipeline, kept: pathlib.Path, identity: dict[str, Any]
+) -> None:
+  """Reads programs; if they are damaged, those that are called compile."""
+  devices = list(pipeline.mesh.devices.flat)
+  try:
+    pipeline.ready.add(executables.load(kept, identity, devices))
+  except Exception:
+    shutil.rmtree(kept, ignore_errors=True)
+
+
+def _compile(
+  pipeline: Pipeline,
+  programs: dict[str, ahead.Program],
+  kept: pathlib.Path | None,
+  identity: dict[str, Any],
+) -> None:
+  """Compiles programs that are not there, and keeps all for the next job."""
+  compiled = {}
+  with executables.cached() as cached:
+    for key, one in programs.items():
+      if key in pipeline.ready:
+        continue
+      try:
+        compiled[key] = one.lower(pipeline.mesh).compile()
+      except Exception:
+        return
+      pipeline.ready.add({key: compiled[key]})
+  if kept is not None and len(compiled) == len(programs) and not cached:
+    # Another job may have kept them meanwhile, or the disk may be full.
+    with contextlib.suppress(errors.VidgenError, OSError):
+      executables.save(kept, compiled, identity)
 
 
 def _loras(lora: str | Mapping[str, float] | None) -> dict[str, float]:

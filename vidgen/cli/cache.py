@@ -1,4 +1,4 @@
-"""XLA's persistent compilation cache, for the command line only."""
+"""What the command line keeps from one run to the next, and no library does."""
 
 import os
 import pathlib
@@ -6,13 +6,16 @@ import tempfile
 
 import jax
 
+from vidgen import executables, shapefile
+
 
 def enable() -> None:
   """Keeps compiled programs in $VIDGEN_CACHE, or ~/.cache/vidgen/xla.
 
   A second run of a command then starts without compiling. Without a folder
   that can be written, or if JAX_COMPILATION_CACHE_DIR names one already, there
-  is nothing to do.
+  is nothing to do. Shapes of networks, and whole programs, which need not even
+  be traced again, are kept beside.
   """
   if jax.config.jax_compilation_cache_dir is not None:
     return
@@ -27,6 +30,8 @@ def enable() -> None:
   jax.config.update("jax_compilation_cache_dir", os.fspath(path))
   # The default, a second, leaves out small programs that add up.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  home = _home("~/.cache/vidgen")
+  shapefile.folder, executables.folder = home / "shapes", home / "programs"
 
 
 def hashes() -> pathlib.Path | None:

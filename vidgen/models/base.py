@@ -13,7 +13,15 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
-from vidgen import diffusion, errors, models, samplers, tensorheader, weights
+from vidgen import (
+  diffusion,
+  errors,
+  models,
+  samplers,
+  shapefile,
+  tensorheader,
+  weights,
+)
 
 
 class Component(NamedTuple):
@@ -41,7 +49,7 @@ class Component(NamedTuple):
 
   def shapes(self) -> PyTree:
     """Returns the boxed shapes of its parameters, without making them."""
-    return jax.eval_shape(self.init, jax.random.key(0))
+    return shapefile.of(self.init)
 
 
 class Image(NamedTuple):
