@@ -221,6 +221,16 @@ def test_a_model_made_here(dtype, scratch, tmp_path):
   np.testing.assert_array_equal(ids, model.tokenizer(["the sea"], 8).ids)
 
 
+def test_each_component_in_its_own_dtype(scratch, tmp_path):
+  model, params, tokenizer = scratch
+  dtypes = dict.fromkeys(params, "bfloat16") | {"vae": "float32"}
+  target = tmp_path / "model"
+  publish.publish(target, model, params, tokenizer=tokenizer, dtype=dtypes)
+  for name in params:
+    files = tensorfile.open_folder(target / name)
+    assert {entry.dtype.name for entry in files.values()} == {dtypes[name]}
+
+
 def test_refuses(scratch, tmp_path):
   model, params, tokenizer = scratch
   target = tmp_path / "model"

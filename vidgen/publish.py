@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ def publish(
   params: dict[str, PyTree],
   *,
   tokenizer: str | os.PathLike | None,
-  dtype: DTypeLike | None = None,
+  dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
 ) -> None:
   """Writes a model so that diffusers' `from_pretrained` opens it.
 
@@ -30,7 +30,8 @@ def publish(
     params: The parameters of each of its components, unboxed.
     tokenizer: The folder of the tokenizer's files, which are copied; None for
       a model that takes no text.
-    dtype: Of the weights in the files; None keeps that of the parameters.
+    dtype: Of the weights in the files, or that of each component; None keeps
+      that of the parameters.
 
   Raises:
     InputError: The folder holds something, there is no tokenizer, or a weight
@@ -55,7 +56,8 @@ def publish(
     for component in model.components:
       tree = params[component.name]
       config = configs[f"{component.name}/config.json"]
-      _write_weights(draft, component, config, tree, dtype)
+      own = dtype[component.name] if isinstance(dtype, Mapping) else dtype
+      _write_weights(draft, component, config, tree, own)
 
 
 def publish_component(

@@ -401,5 +401,5 @@ class DiffusionTask:
       self.model,
       parts,
       tokenizer=self._words,
-      dtype=jnp.dtype(self.config.dtype),
+      dtype={name: self._dtype(name) for name in parts},
     )
