@@ -263,15 +263,28 @@ def test_float32_parameters_and_bfloat16_arithmetic(words):
   assert 1e-4 < compare.error(got, want) < 0.05
 
 
+def _products(jaxpr):
+  """Yields all products of a program, those of its inner programs too."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      yield equation
+    for value in equation.params.values():
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from _products(inner)
+
+
 def test_blocks_compute_in_bfloat16(words):
   """Every product with a kernel of the blocks has two bfloat16 operands."""
   module = transformer.Transformer(SMALL, dtype=jnp.bfloat16)
   run = lambda params: module.apply({"params": params}, *_arguments())
-  text = str(jax.make_jaxpr(run)(random_params()))
-  heads = [line for line in text.splitlines() if "dot_general" in line]
-  inner = [line for line in heads if "bf16[1,20,32] = dot_general" in line]
+  products = list(_products(jax.make_jaxpr(run)(random_params()).jaxpr))
+  inner = [p for p in products if p.outvars[0].aval.shape == (1, 20, 32)]
   # Query, key, value, out, the second of the feed-forward's.
-  assert len(inner) >= 5, heads
+  assert len(inner) >= 5, products
+  for product in inner:
+    dtypes = [operand.aval.dtype for operand in product.invars]
+    assert dtypes == [jnp.bfloat16, jnp.bfloat16], product
 
 
 def test_pad_latents(words):
