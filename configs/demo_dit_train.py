@@ -58,8 +58,8 @@ def get_config() -> train.TrainConfig:
       ),
       noising=noising.NoisingConfig(timesteps=_HIGH),
       train_text_encoder=True,
-      # A step takes processors with AMX 0.35 s, not 0.54. The autoencoder stays as
-      # exact as the latents it makes.
+      # A step takes processors with AMX 0.35 s, not 0.54. The autoencoder stays
+      # as exact as the latents it makes.
       dtype="bfloat16",
       vae_dtype="float32",
       unroll=6,
