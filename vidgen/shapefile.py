@@ -35,7 +35,7 @@ def of(init: Callable[..., PyTree]) -> PyTree:
   path = _path(init)
   if path is not None:
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-      return _decode(json.loads(path.read_text(encoding="utf-8")))
+      return _read(path)
   shapes = jax.eval_shape(init, jax.random.key(0))
   if path is not None:
     _write(path, _encode(shapes))
@@ -49,15 +49,25 @@ def _path(init: Callable[..., PyTree]) -> pathlib.Path | None:
   parts = [codehash.of_package(), jax.__version__, flax.__version__, name]
   parts += [repr(init.args), repr(sorted(init.keywords.items()))]
   digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-  return folder / f"{digest[:32]}.json"
+  return folder / f"{digest[:32]}.txt"
+
+
+def _read(path: pathlib.Path) -> PyTree:
+  """Returns shapes; raises ValueError unless they are as they were written."""
+  digest, _, text = path.read_text(encoding="utf-8").partition("\n")
+  if hashlib.sha256(text.encode()).hexdigest() != digest:
+    raise ValueError(f"{path} is damaged.")
+  return _decode(json.loads(text))
 
 
 def _write(path: pathlib.Path, tree: Any) -> None:
+  text = json.dumps(tree)
+  digest = hashlib.sha256(text.encode()).hexdigest()
   draft = path.with_name(f".{path.name}.{os.getpid()}")
   with contextlib.suppress(OSError):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-      draft.write_text(json.dumps(tree), encoding="utf-8")
+      draft.write_text(f"{digest}\n{text}", encoding="utf-8")
       draft.replace(path)
     finally:
       draft.unlink(missing_ok=True)
