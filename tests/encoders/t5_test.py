@@ -179,6 +179,47 @@ def test_table_covers_the_published_tensors_key_by_key():
       weights.match(less, t5.T5_TABLE, tree)
 
 
+def test_initialisation_is_that_of_transformers():
+  """In a query's is the 1 / sqrt(d) that T5's attention lacks."""
+  sizes = dict(
+    d_model=256, d_kv=64, num_heads=8, d_ff=512, num_layers=2, vocab_size=999
+  )
+  config = t5.T5Config(**sizes)
+  theirs = transformers.T5EncoderModel(
+    transformers.T5Config(**sizes, feed_forward_proj="gated-gelu")
+  ).state_dict()
+  ids = jnp.zeros((1, 4), jnp.int32)
+  ours = nn.unbox(jax.jit(t5.T5Encoder(config).init)(jax.random.key(0), ids))
+  del ours["params"]["position_bias"]  # Ours by intent.
+  for name, tensor in weights.export(ours["params"], t5.T5_TABLE):
+    tensor, deviation = np.asarray(tensor), theirs[name].numpy().std()
+    rtol = 0.03 if tensor.size > 10_000 else 0.25
+    np.testing.assert_allclose(tensor.std(), deviation, rtol, 1e-6, name)
+
+
+def test_heads_begin_with_the_words_beside():
+  """Of 4 heads, from the middle of 9 words: back, ahead, two back, all."""
+  params = t5.T5Encoder(TINY).init(jax.random.key(0), jnp.zeros((1, 4), int))
+  bias = np.asarray(nn.unbox(params)["params"]["position_bias"])
+  rows = np.exp(bias[t5.relative_buckets(9)[4]])
+  shares = rows / rows.sum(0)
+  assert shares.argmax(0)[:3].tolist() == [3, 5, 2]
+  assert (shares.max(0)[:3] > 0.9).all()
+  np.testing.assert_allclose(shares[:, 3], 1 / 9)
+
+
+@pytest.mark.parametrize("num_buckets, num_heads", [(4, 8), (32, 64), (8, 1)])
+def test_any_number_of_heads(num_buckets, num_heads):
+  config = dataclasses.replace(
+    TINY, num_buckets=num_buckets, num_heads=num_heads
+  )
+  bias = nn.unbox(
+    t5.T5Encoder(config).init(jax.random.key(0), jnp.zeros((1, 4), int))
+  )["params"]["position_bias"]
+  assert np.count_nonzero(bias) == num_heads - num_heads // 4
+  assert (np.count_nonzero(bias, axis=0) <= 1).all()
+
+
 def test_logical_axes():
   names = {
     "/".join(key.key for key in path): leaf.names

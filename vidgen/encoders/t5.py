@@ -119,6 +119,33 @@ def relative_buckets(
   return (bucket + half * (distance > 0)).astype(np.int32)
 
 
+def _normal(fan_in: int) -> nn.initializers.Initializer:
+  """Returns T5's own initialisation (transformers, `_init_weights`)."""
+  return nn.initializers.normal(fan_in**-0.5)
+
+
+def _near(
+  key: Array, shape: tuple[int, int], dtype: DTypeLike
+) -> Float[Array, "buckets heads"]:
+  """Returns a position bias with which heads begin at single distances.
+
+  The first head looks one word back, the second one ahead, the third two back,
+  the fourth everywhere, and so on. Upstream begins with next to nothing; a
+  small encoder then does not learn the order of words, which no other network
+  of CogVideoX is told.
+  """
+  del key
+  buckets, heads = shape
+  half = buckets // 2
+  bias = np.zeros(shape)
+  near = [head for head in range(heads) if head % 4 != 3]
+  for i, head in enumerate(near):
+    distance = 1 + i // 2 % max(half // 2 - 1, 1)
+    # e^6 is ten times what thirty other words have together.
+    bias[distance + half * (i % 2), head] = 6.0
+  return jnp.asarray(bias, dtype)
+
+
 class Attention(nn.Module):
   """Self-attention without 1 / sqrt(d): T5 folds it into its initialisation."""
 
@@ -134,18 +161,31 @@ class Attention(nn.Module):
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     b, length, width = x.shape
 
-    def project(name: str) -> Array:
+    def project(name: str, fan_in: int = width) -> Array:
       inner = self.num_heads * self.head_dim
       dense = layers.dense(
-        inner, ("embed", "heads"), name=name, use_bias=False, **dtypes
+        inner,
+        ("embed", "heads"),
+        name=name,
+        use_bias=False,
+        kernel_init=_normal(fan_in),
+        **dtypes,
       )
       y = dense(x).reshape(b, length, self.num_heads, self.head_dim)
       return sharding.constrain(y, "batch", None, "activation_heads", None)
 
-    q, k, v = project("query"), project("key"), project("value")
+    # Here is the 1 / sqrt(d): without it, attention that starts from scratch
+    # is saturated by what the words are and never learns where they stand.
+    q = project("query", width * self.head_dim)
+    k, v = project("key"), project("value")
     y = attention_lib.attention(q, k, v, bias=bias, scale=1.0)
     out = layers.dense(
-      width, ("heads", "embed"), name="out", use_bias=False, **dtypes
+      width,
+      ("heads", "embed"),
+      name="out",
+      use_bias=False,
+      kernel_init=_normal(self.num_heads * self.head_dim),
+      **dtypes,
     )
     return out(y.reshape(b, length, -1))
 
@@ -165,6 +205,7 @@ class MLP(nn.Module):
         axes,
         name=name,
         use_bias=False,
+        kernel_init=_normal(self.d_ff if name == "down" else x.shape[-1]),
         dtype=dtype,
         param_dtype=self.param_dtype,
       )
@@ -232,7 +273,10 @@ class T5Encoder(nn.Module):
 
     # One table for all blocks: upstream stores it with the first one.
     bias = self._table(
-      "position_bias", (config.num_buckets, config.num_heads), (None, "heads")
+      "position_bias",
+      (config.num_buckets, config.num_heads),
+      (None, "heads"),
+      _near,
     )
     buckets = relative_buckets(length, config.num_buckets, config.max_distance)
     bias = bias.astype(jnp.float32)[buckets].transpose(2, 0, 1)
@@ -259,10 +303,14 @@ class T5Encoder(nn.Module):
     return x.astype(self.dtype)
 
   def _table(
-    self, name: str, shape: tuple[int, int], axes: tuple[str | None, str]
+    self,
+    name: str,
+    shape: tuple[int, int],
+    axes: tuple[str | None, str],
+    init: nn.initializers.Initializer = nn.initializers.normal(1.0),  # noqa: B008
   ) -> Float[Array, "rows columns"]:
     """Returns an embedding table, not cast: only the rows read will be."""
-    init = nn.with_logical_partitioning(nn.initializers.normal(1.0), axes)
+    init = nn.with_logical_partitioning(init, axes)
     return jnp.asarray(self.param(name, init, shape, self.param_dtype))
 
 
