@@ -137,9 +137,12 @@ def test_records_come_back(dtype):
       cache.unpack(data, "here")
 
 
-def test_order_is_that_of_the_videos(shapes_dir, folder):
-  videos = batches(config_of(shapes_dir))
-  cached = batches(config_of(shapes_dir, folder))
+@pytest.mark.parametrize("prefer", [None, r"\b(to|on)\b"])
+def test_order_is_that_of_the_videos(shapes_dir, folder, prefer):
+  def config(*cache):
+    return dataclasses.replace(config_of(shapes_dir, *cache), prefer=prefer)
+
+  videos, cached = batches(config()), batches(config(folder))
   index = records.Split("moving_shapes", shapes_dir, "train").index
   number = {id: i for i, id in enumerate(index.ids)}
   seen = set()

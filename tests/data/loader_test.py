@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,24 @@ def test_a_filter_on_labels(shapes_dir):
   ):
     with pytest.raises(errors.InputError, match=word):
       run(make_config(shapes_dir, one, where=wrong))
+
+
+def test_preferred_captions(shapes_dir):
+  """Of a clip that has such, only those; of another, any."""
+  one = (Bucket(1, 8, 8, 8),)
+  split = records.Split("moving_shapes", shapes_dir, "train")
+  captions = {
+    id: split.read(i).captions for i, id in enumerate(split.index.ids)
+  }
+  preferred, others, drawn = r"\b(to|on)\b", set(), set()
+  for batch in run(make_config(shapes_dir, one, prefer=preferred), stop=40):
+    for caption, id in zip(batch.captions, batch.ids, strict=True):
+      wanted = [c for c in captions[id] if re.search(preferred, c)]
+      assert caption in (wanted or captions[id])
+      (drawn if wanted else others).add(caption)
+  assert others and len(drawn) > len(split.index.ids)
+  with pytest.raises(errors.InputError, match=r"prefer: '\('"):
+    run(make_config(shapes_dir, one, prefer="("))
 
 
 def test_the_token_budget_sizes_batches(shapes_dir):

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import gc
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ class DataConfig:
     batch_multiple: What a batch size from the budget is a multiple of.
     where: A filter: label to what it may be, one value or several; see
       `records.select`.
+    prefer: A regular expression: of a clip's captions only those are drawn in
+      which it is found, if there are any.
     threads: That read ahead, in this process.
     workers: Processes that read ahead, each with threads of its own; 0 reads
       in this one.
@@ -61,6 +64,7 @@ class DataConfig:
   token_pixels: int = 16
   batch_multiple: int = 1
   where: dict[str, Any] = dataclasses.field(default_factory=dict)
+  prefer: str | None = None
   threads: int = 2
   workers: int = 0
   prefetch: int = 4
@@ -202,6 +206,7 @@ class Steps:
         for bucket, clips in zip(self.buckets, self.clips, strict=True)
       ]
       self._text = self._cache.text(self.split)
+    self._prefer = re.compile(config.prefer) if config.prefer else None
     self._seed, self._start = seed, start
     self._process = process_index, process_count
     weights = np.array([bucket.weight for bucket in self.buckets])
@@ -266,8 +271,8 @@ class Steps:
     room = int(self.split.index.num_frames[number]) - int(frames[-1])
     frames += int(chances[0] * room)
     video = pixels(self.split, clip, frames, bucket.height, bucket.width)
-    caption = clip.captions[int(chances[1] * len(clip.captions))]
-    return video, caption, clip.id
+    chosen = chosen_caption(clip.captions, chances[1], self._prefer)
+    return video, clip.captions[chosen], clip.id
 
   def _row(
     self, number: int, which: int, chances: Float[np.ndarray, " 2"]
@@ -276,9 +281,22 @@ class Steps:
     id_ = self.split.index.ids[number]
     row = self._latents[which].read(number, id_, chances[0])
     arrays = dict(row.arrays)
+    chosen = chosen_caption(row.captions, chances[1], self._prefer)
     if self._text is not None:
-      arrays |= self._text.read(number, id_, chances[1]).arrays
-    return arrays, row.captions[int(chances[1] * len(row.captions))], id_
+      # A record for each caption, in their order.
+      chance = (chosen + 0.5) / len(row.captions)
+      arrays |= self._text.read(number, id_, chance).arrays
+    return arrays, row.captions[chosen], id_
+
+
+def chosen_caption(
+  captions: Sequence[str], chance: float, prefer: re.Pattern | None
+) -> int:
+  """Returns which of a clip's captions a number in [0, 1) stands for."""
+  numbers = range(len(captions))
+  if prefer is not None:
+    numbers = [i for i in numbers if prefer.search(captions[i])] or numbers
+  return numbers[int(chance * len(numbers))]
 
 
 def pixels(
@@ -321,6 +339,12 @@ def _check(
     )
   if config.fps is not None and not 0 < config.fps < float("inf"):
     raise errors.InputError(f"fps: {config.fps} is not positive.")
+  try:
+    re.compile(config.prefer or "")
+  except re.error as error:
+    raise errors.InputError(
+      f"prefer: {config.prefer!r} is no regular expression: {error}."
+    ) from error
   for name, least in (("threads", 1), ("workers", 0), ("prefetch", 1)):
     if getattr(config, name) < least:
       raise errors.InputError(
