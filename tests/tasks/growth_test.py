@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from vidgen import errors, publish, sharding, tensorfile, weights
+from vidgen import checkpoint, errors, publish, sharding, tensorfile, weights
 from vidgen.models import base, svd
 from vidgen.models.svd import unet
 from vidgen.tasks import growth
@@ -121,3 +122,25 @@ def test_the_orbax_layout_does_not_grow(tmp_path):
   (tmp_path / "unet" / "orbax").mkdir(parents=True)
   with pytest.raises(errors.InputError, match="published layout"):
     grow(tmp_path, VIDEO)
+
+
+def test_parts_that_are_learnt_anew(tmp_path):
+  """The rest is what the files have, to the bit."""
+  before = weights.flatten(write(tmp_path / "video", VIDEO))
+  part, mesh = component(VIDEO), sharding.make_mesh(None)
+  places = sharding.shardings(part.shapes(), mesh)
+  params = checkpoint.load_component(
+    tmp_path / "video", part, shardings=places, dtype=jnp.float32
+  )
+  parts = ["vector_embedding", "conv_in/kernel"]
+  new = growth.renew(part, params, places, parts, jnp.float32)
+  fresh = weights.flatten(nn.unbox(jax.jit(part.init)(jax.random.key(0))))
+  changed = set()
+  for path, leaf in weights.flatten(new).items():
+    anew = path.startswith("vector_embedding/") or path == "conv_in/kernel"
+    np.testing.assert_array_equal(leaf, (fresh if anew else before)[path])
+    changed |= {path} if anew else set()
+  assert len(changed) == 5
+  for wrong in ("conv", "conv_in/kern", "vector_embedding/in/kernel/x"):
+    with pytest.raises(errors.InputError, match=f"no {wrong}; it has.*conv_in"):
+      growth.renew(part, params, places, [wrong], jnp.float32)

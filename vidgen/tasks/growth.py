@@ -2,11 +2,12 @@
 
 What the smaller one has is read from its files. Kernels that read more channels
 than its own have zeros for those: at first they change nothing. All else starts
-as a new network does.
+as a new network does. So does what is to be learnt anew of a network that was
+trained before.
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +58,38 @@ def load(
     params[path] = jax.device_put(whole.astype(dtype), spots[path])
   cast = {path: jnp.asarray(x, dtype) for path, x in params.items()}
   return weights.unflatten(cast, places)
+
+
+def renew(
+  component: base.Component,
+  params: PyTree,
+  places: PyTree,
+  parts: Sequence[str],
+  dtype: DTypeLike,
+) -> PyTree:
+  """Returns the parameters, of which some parts are as a new network has them.
+
+  Args:
+    component: The network.
+    params: What it has so far.
+    places: The sharding of each parameter.
+    parts: Paths of parameters, or what these begin with.
+    dtype: Of the parameters.
+
+  Raises:
+    InputError: No parameter has such a path.
+  """
+  spots, again = weights.flatten(places), {}
+  for part in parts:
+    of_part = {p: x for p, x in spots.items() if f"{p}/".startswith(f"{part}/")}
+    if not of_part:
+      raise errors.InputError(
+        f"config: scratch: {component.name} has no {part}; it has "
+        f"{', '.join(sorted({p.split('/')[0] for p in spots}))}."
+      )
+    again |= of_part
+  new = {p: x.astype(dtype) for p, x in _new(component, again).items()}
+  return weights.unflatten(weights.flatten(params) | new, places)
 
 
 def _new(component: base.Component, places: dict[str, Any]) -> dict[str, Any]:

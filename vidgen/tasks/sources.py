@@ -40,7 +40,8 @@ class Source:
     model: A family's config; None is that of the checkpoint.
     parts: Folders of single components, which take the checkpoint's place:
       `{"vae": "runs/vae/published"}`.
-    scratch: Components that start from random weights.
+    scratch: Components that start from random weights, or parts of one, by
+      the path of their parameters: `"text_encoder/blocks/attention"`.
     grow: Components that are made from smaller ones; see `growth.load`.
     tokenizer: The folder of a tokenizer; None is the checkpoint's.
     words: Makes a tokenizer of these words instead.
@@ -99,7 +100,13 @@ class Opened:
     self.components = {
       part.name: part for part in self.family.components(self.config)
     }
-    names = {*source.parts, *source.scratch, *source.grow}
+    self._renewed: dict[str, list[str]] = {}
+    names = {*source.parts, *source.grow}
+    for item in source.scratch:
+      name, _, path = item.partition("/")
+      names.add(name)
+      if path:
+        self._renewed.setdefault(name, []).append(path)
     if unknown := names - self.components.keys():
       raise errors.InputError(
         f"config: no component {', '.join(sorted(unknown))}; the model has "
@@ -136,12 +143,18 @@ class Opened:
 
   def load(self, name: str, places: PyTree, dtype: DTypeLike) -> PyTree:
     """Returns the weights of a component, in `places`."""
+    home, component = self.home(name), self.components[name]
     if name in self._source.grow:
-      component = self.components[name]
-      return growth.load(self.home(name), component, places, dtype)
-    return checkpoint.load_component(
-      self.home(name), self.components[name], shardings=places, dtype=dtype
-    )
+      params = growth.load(home, component, places, dtype)
+    else:
+      params = checkpoint.load_component(
+        home, component, shardings=places, dtype=dtype
+      )
+    if name in self._renewed:
+      params = growth.renew(
+        component, params, places, self._renewed[name], dtype
+      )
+    return params
 
   def frozen(self, names: tuple[str, ...], mesh: Mesh, dtype: DTypeLike):
     """Returns the weights of components, by name, on a mesh."""
