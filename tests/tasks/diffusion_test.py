@@ -1,0 +1,47 @@
+"""What the diffusion task writes."""
+
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests import tiny_training
+from vidgen import sharding, tensorfile
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  return tiny_training.checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def tensors(folder, name):
+  files = tensorfile.open_folder(pathlib.Path(folder) / name)
+  return {key: files.read(key) for key in files}
+
+
+def test_the_autoencoder_is_published_as_exact_as_it_encoded(
+  checkpoint, tmp_path
+):
+  """To the bit, though the rest is published in bfloat16."""
+  config = tiny_training.config("data", checkpoint).task
+  config = tiny_training.replace(
+    config, dtype="bfloat16", vae_dtype="float32", train_text_encoder=True
+  )
+  mesh = sharding.make_mesh(None)
+  task = config.build(mesh)
+  places = {
+    part.name: sharding.shardings(part.shapes(), mesh)
+    for part in task.model.components
+    if part.name in task.groups
+  }
+  task.publish(tmp_path / "out", task.start(places), task.frozen(mesh))
+  source = tensors(checkpoint, "vae")
+  got = tensors(tmp_path / "out", "vae")
+  assert got.keys() == source.keys()
+  for name, tensor in got.items():
+    assert tensor.dtype == np.float32
+    np.testing.assert_array_equal(tensor, source[name])
+  for name in ("transformer", "text_encoder"):
+    kinds = {x.dtype for x in tensors(tmp_path / "out", name).values()}
+    assert kinds == {np.dtype(ml_dtypes.bfloat16)}
