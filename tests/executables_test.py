@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import nullcontext
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,39 @@ def test_a_jobs_programs_are_kept_for_the_next(
   got, ready = sampled(checkpoint)
   np.testing.assert_array_equal(got, want)
   assert ready == 0 and not folder.exists()
+
+
+def test_one_that_cannot_run_is_compiled_again():
+  """And forgotten; unless memory is short, or what it was given is gone."""
+  x, calls = jnp.arange(4.0), []
+  double = jax.jit(lambda x: 2 * x)
+
+  def broken(text):
+    def run(*args):
+      calls.append(args)
+      raise jax.errors.JaxRuntimeError(text)
+
+    program = mock.Mock(spec=jax.stages.Compiled, side_effect=run)
+    return {ahead.key("double", (x,), {}): program}
+
+  ready, forgotten = ahead.Ready(), []
+  forget = lambda: forgotten.append(len(calls))
+  ready.add(broken("INTERNAL: Function region_0.1 not found"), forget)
+  for _ in range(2):
+    np.testing.assert_array_equal(ready.call("double", double, x), 2 * x)
+  assert len(calls) == 1 and forgotten == [1]
+  ready.add(broken("RESOURCE_EXHAUSTED: out of memory"), forget)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="memory"):
+    ready.call("double", double, x)
+  assert forgotten == [1]
+  ready.add(broken("INTERNAL: was compiled by request"))
+  with pytest.raises(jax.errors.JaxRuntimeError, match="by request"):
+    ready.call("double", double, x)
+  ready.add(broken("INTERNAL: ran half"), forget)
+  x.delete()
+  with pytest.raises(jax.errors.JaxRuntimeError, match="ran half"):
+    ready.call("double", double, x)
+  assert forgotten == [1, 4]
 
 
 def test_another_job_keeps_its_own(checkpoint, kept, monkeypatch):

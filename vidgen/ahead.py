@@ -1,6 +1,6 @@
 """Programs of a pipeline, compiled before they are called."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -44,10 +44,24 @@ class Ready:
 
   def __init__(self):
     self._programs: dict[str, jax.stages.Compiled] = {}
+    # What to do about those that were never called yet, if they can't be.
+    self._untried: dict[str, Callable[[], None]] = {}
 
-  def add(self, programs: dict[str, jax.stages.Compiled]) -> None:
-    """Takes programs, by key."""
+  def add(
+    self,
+    programs: dict[str, jax.stages.Compiled],
+    forget: Callable[[], None] | None = None,
+  ) -> None:
+    """Takes programs, by key.
+
+    Args:
+      programs: What to call.
+      forget: Is called if one of them cannot run, which then compiles; with
+        None that is an error.
+    """
     self._programs |= programs
+    if forget is not None:
+      self._untried |= dict.fromkeys(programs, forget)
 
   def __len__(self) -> int:
     return len(self._programs)
@@ -57,11 +71,26 @@ class Ready:
 
   def call(self, name: str, function: Any, *args: Any, **static: Any) -> Any:
     """Calls a function, as it was compiled ahead if it was."""
-    if self._programs:
-      ready = self._programs.get(key(name, args, static))
-      if ready is not None:
-        return ready(*args)
-    return function(*args, **static)
+    wanted = key(name, args, static) if self._programs else ""
+    ready = self._programs.get(wanted, function)
+    if ready is function:
+      return function(*args, **static)
+    if wanted not in self._untried:
+      return ready(*args)
+    forget = self._untried.pop(wanted)
+    try:
+      # Whether it runs is told when it has run.
+      return jax.block_until_ready(ready(*args))
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" in str(error):
+        raise
+      del self._programs[wanted]
+      forget()
+      arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
+      if any(x.is_deleted() for x in arrays):
+        # What was given away is lost; the next job compiles.
+        raise
+      return function(*args, **static)
 
 
 def key(name: str, args: Any, static: dict[str, Any]) -> str:

@@ -152,10 +152,11 @@ def _take_kept(
 ) -> None:
   """Reads programs; if they are damaged, those that are called compile."""
   devices = list(pipeline.mesh.devices.flat)
+  forget = functools.partial(shutil.rmtree, kept, ignore_errors=True)
   try:
-    pipeline.ready.add(executables.load(kept, identity, devices))
+    pipeline.ready.add(executables.load(kept, identity, devices), forget)
   except Exception:
-    shutil.rmtree(kept, ignore_errors=True)
+    forget()
 
 
 def _compile(
