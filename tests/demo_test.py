@@ -10,6 +10,7 @@ from tests.bench import demo_report
 from tests.parity import compare
 from vidgen import checkpoint, errors
 from vidgen.data import moving_shapes
+from vidgen.metrics import moving_shapes as judge
 
 FOLDER = checkpoint.resolve("demo")
 
@@ -68,8 +69,41 @@ def test_it_does_what_prompts_say(pipeline):
   captions, scenes = zip(*pairs, strict=True)
   clips = list(demo_report.sample(pipeline, list(captions)))
   accuracy = demo_report.score(clips, list(scenes))["accuracy"]
-  for name in ("background", "colour", "motion"):
+  for name in ("background", "colour", "motion", "shape"):
     assert accuracy[name]["rate"] >= 0.8, name
+
+
+def test_it_reads_the_order_of_words(pipeline):
+  """Of one shape and of two, of which the first one named is the left one."""
+  ways = {
+    "right": ("from left to right", "from the left to the right"),
+    "left": ("from right to left", "from the right to the left"),
+    "up": ("from bottom to top", "from the bottom to the top"),
+    "down": ("from top to bottom", "from the top to the bottom"),
+  }
+  wanted = [way for way in ways for _ in range(2)]
+  captions = [
+    f"A {colour} circle moves {phrase}."
+    for phrases in ways.values()
+    for colour, phrase in zip(("red", "cyan"), phrases, strict=True)
+  ]
+  captions += [
+    "A red square moves up and a cyan square moves down.",
+    "A cyan square moves up and a red square moves down.",
+  ]
+  clips = list(demo_report.sample(pipeline, captions, num_steps=8))
+  seen = [judge.judge(clip).things for clip in clips]
+  assert [things[0].motion for things in seen[:8]] == wanted
+  for clip, things, left in zip(
+    clips[8:], seen[8:], ("red", "cyan"), strict=True
+  ):
+    right = "cyan" if left == "red" else "red"
+    motions = {thing.colour: thing.motion for thing in things}
+    assert motions == {left: "up", right: "down"}
+    redness = clip[..., 0] - clip[..., 2].astype(float)
+    assert (redness[:, :, :32].mean() > redness[:, :, 32:].mean()) == (
+      left == "red"
+    )
 
 
 @pytest.mark.slow
