@@ -43,6 +43,7 @@ MADE_HERE = (
   "runs/demo_vae/published",
   "runs/demo_vae_longer/published",
   "runs/demo_decoder/published",
+  "runs/demo_dit/published",
   "demo",
 )
 # Of components, by their config.
