@@ -65,6 +65,11 @@ _RECONSTRUCTIONS = flags.DEFINE_bool(
 # --- Prompts ----------------------------------------------------------------
 
 
+@flags.validator("sets", f"Give some of {', '.join(SETS)}.")
+def _known(names: list[str]) -> bool:
+  return set(names) <= SETS.keys()
+
+
 def prompts(
   n: int, seed: int, held_out: bool = False, two: bool = False
 ) -> list[tuple[str, moving_shapes.Scene]]:
