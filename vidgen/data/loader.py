@@ -271,7 +271,7 @@ class Steps:
     room = int(self.split.index.num_frames[number]) - int(frames[-1])
     frames += int(chances[0] * room)
     video = pixels(self.split, clip, frames, bucket.height, bucket.width)
-    chosen = chosen_caption(clip.captions, chances[1], self._prefer)
+    chosen = _chosen(clip.captions, chances[1], self._prefer)
     return video, clip.captions[chosen], clip.id
 
   def _row(
@@ -281,7 +281,7 @@ class Steps:
     id_ = self.split.index.ids[number]
     row = self._latents[which].read(number, id_, chances[0])
     arrays = dict(row.arrays)
-    chosen = chosen_caption(row.captions, chances[1], self._prefer)
+    chosen = _chosen(row.captions, chances[1], self._prefer)
     if self._text is not None:
       # A record for each caption, in their order.
       chance = (chosen + 0.5) / len(row.captions)
@@ -289,7 +289,7 @@ class Steps:
     return arrays, row.captions[chosen], id_
 
 
-def chosen_caption(
+def _chosen(
   captions: Sequence[str], chance: float, prefer: re.Pattern | None
 ) -> int:
   """Returns which of a clip's captions a number in [0, 1) stands for."""

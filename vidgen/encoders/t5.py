@@ -265,7 +265,10 @@ class T5Encoder(nn.Module):
   def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l e"]:
     config, length = self.config, ids.shape[1]
     embedding = self._table(
-      "token_embedding", (config.vocab_size, config.d_model), ("vocab", "embed")
+      "token_embedding",
+      (config.vocab_size, config.d_model),
+      ("vocab", "embed"),
+      nn.initializers.normal(1.0),
     )
     # `take` gives NaN, not another token, for an id outside of the vocabulary.
     x = jnp.take(embedding, ids, axis=0).astype(jnp.float32)
@@ -307,7 +310,7 @@ class T5Encoder(nn.Module):
     name: str,
     shape: tuple[int, int],
     axes: tuple[str | None, str],
-    init: nn.initializers.Initializer = nn.initializers.normal(1.0),  # noqa: B008
+    init: nn.initializers.Initializer,
   ) -> Float[Array, "rows columns"]:
     """Returns an embedding table, not cast: only the rows read will be."""
     init = nn.with_logical_partitioning(init, axes)
