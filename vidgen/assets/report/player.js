@@ -182,6 +182,8 @@ class Clock {
     this.rate = 1;
     this.position = 0;
     this.turn = 0;
+    this.owed = 0;
+    this.owing = 0;
     this.since = 0;
   }
 
@@ -274,10 +276,15 @@ class Clock {
   // All go to the same number of frame, whatever their frame rates.
   async step(by) {
     if (this.playing) this.pause();
-    const turn = ++this.turn;
+    // Presses while the clips load add up.
+    this.owed = (this.turn === this.owing ? this.owed : 0) + by;
+    const turn = this.owing = ++this.turn;
     this.group = this.#controlled();
     await Promise.all(this.group.map((p) => p.ready()));
-    if (turn !== this.turn || !this.group.length) return;
+    if (turn !== this.turn) return;
+    by = this.owed;
+    this.owed = 0;
+    if (!this.group.length) return;
     const first = this.group.reduce((a, b) => (b.count > a.count ? b : a));
     const from = Math.floor(this.position * first.fps + 1e-3);
     const frame = Math.min(Math.max(from + by, 0), first.count - 1);
