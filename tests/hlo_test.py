@@ -134,3 +134,50 @@ def test_a_tpus_text():
   assert (permute.count, permute.result_bytes) == (42, 256)
   reduce = found["all-reduce"]
   assert (reduce.count, reduce.result_bytes, reduce.group) == (1, 8, 4)
+
+
+# One that starts in a loop over layers, beside another loop, and ends after it.
+BESIDE = """HloModule jit_f, num_partitions=2
+
+%step (p: f32[4]) -> (f32[4], f32[8]) {
+  %ag.2 = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %t.2 = (f32[4], f32[8]) tuple(%p, %ag.2)
+}
+
+%inner (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %f.2 = (f32[4], f32[8]) fusion(%x), kind=kCustom, calls=%step
+}
+
+%inner_cond (p: (s32[], f32[4])) -> pred[] {
+  %n.2 = s32[] constant(64)
+}
+
+%begin (p: f32[4]) -> f32[8] {
+  %ag.1 = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %c.1 = (f32[4], f32[8]) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%end (p: f32[4]) -> f32[8] {
+  %ag.3 = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %c.3 = f32[8] custom-call(%p, %ag.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%layer (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %f.1 = f32[8] fusion(%x), kind=kCustom, calls=%begin
+  %w.1 = (s32[], f32[4]) while(%t), condition=%inner_cond, body=%inner
+  %f.3 = f32[8] fusion(%x), kind=kCustom, calls=%end
+}
+
+%cond (p: (s32[], f32[4])) -> pred[] {
+  %n = s32[] constant(24)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%cond, body=%layer
+}
+"""
+
+
+def test_what_runs_beside_a_loop_counts_where_it_starts():
+  (one,) = hlo.collectives(BESIDE)
+  assert (one.count, one.result_bytes) == (24, 32)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 # XLA's names of the collectives; of an asynchronous pair the start counts.
@@ -29,6 +30,7 @@ _CALLS = re.compile(
 _MANY = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_STARTS = 'custom_call_target="AsyncCollectiveStart"'
 _CONSTANT = re.compile(r"s(?:32|64)\[\]\S* constant\((\d+)\)")
 
 
@@ -79,23 +81,37 @@ def collectives(text: str) -> list[Collective]:
   counts = _counts(bodies, entry)
   devices = _devices(text)
   found: dict[tuple[str, str], Collective] = {}
+  started = set()
   for name, lines in bodies.items():
-    for line in lines:
-      match = _OPCODE.match(line)
-      if match is None or not counts.get(name):
+    if not counts.get(name):
+      continue
+    starts = any(_STARTS in line for line in lines)
+    for key, one in _printed(lines, counts[name], devices):
+      # What runs beside other work is printed where it starts, where it ends,
+      # and in each step of that work, which a loop may run more often.
+      if starts:
+        started.add(key)
+      elif key in started or (key in found and found[key].count >= one.count):
         continue
-      where, shape, kind, is_start = match.groups()
-      group = _group(line, kind, devices)
-      if group < 2:
-        continue
-      size = _size(shape, kind, bool(is_start))
-      one = Collective(kind, counts[name], size, group, where)
-      # A fused asynchronous collective is printed in several computations.
-      channel = _CHANNEL.search(line)
-      key = (kind, channel[1] if channel else where)
-      if key not in found or found[key].count < one.count:
-        found[key] = one
+      found[key] = one
   return list(found.values())
+
+
+def _printed(
+  lines: list[str], count: int, devices: int
+) -> Iterator[tuple[tuple[str, str], Collective]]:
+  """Yields the collectives in a computation, by kind and channel."""
+  for line in lines:
+    if not (match := _OPCODE.match(line)):
+      continue
+    where, shape, kind, is_start = match.groups()
+    group = _group(line, kind, devices)
+    if group < 2:
+      continue
+    size = _size(shape, kind, bool(is_start))
+    channel = _CHANNEL.search(line)
+    key = (kind, channel[1] if channel else where)
+    yield key, Collective(kind, count, size, group, where)
 
 
 def total(found: list[Collective]) -> dict[str, dict[str, int]]:
