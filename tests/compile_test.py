@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from tests import tiny_cogvideox, tiny_training
@@ -154,6 +155,16 @@ def test_what_does_not_fit_says_what_would():
   assert not found.as_json()["fits"]
   lost = compiling.run(Jobs(16, halves=False), TOPOLOGY)
   assert lost.advice == "Nor would it with any of: nothing else."
+
+
+def test_only_what_nearly_fits_is_compiled_with_full_effort(monkeypatch):
+  (far,) = compiling.run(Jobs(2), TOPOLOGY).programs
+  assert far.fits and far.effort == "least"
+  monkeypatch.setattr(compiling, "_DOUBT", 1.0)
+  (near,) = compiling.run(Jobs(2), TOPOLOGY).programs
+  assert near.effort == "full"
+  assert abs(near.hbm_bytes / far.hbm_bytes - 1) < 0.1
+  assert jax.config.jax_exec_time_optimization_effort == 0.0
 
 
 def test_of_a_published_checkpoint_nothing_is_needed(tmp_path):
