@@ -59,6 +59,46 @@ def test_each_kind(kind):
     assert one.group == 4
 
 
+def test_each_of_a_kind_counts():
+  """What `shard_map` asks for shares one channel."""
+  mesh = sharding.make_mesh({"tensor": 4})
+  body = lambda x: lax.psum(jnp.sin(lax.psum(x, "tensor")), "tensor")
+  assert [one.count for one in hlo.collectives(compiled(body, mesh, P()))] == [
+    1,
+    1,
+  ]
+
+
+def test_pairs_of_which_some_stay():
+  """Blocks 1 and 2 change places, 0 and 3 do not."""
+  mesh = sharding.make_mesh({"tensor": 4})
+  pairs = [(0, 0), (1, 2), (2, 1), (3, 3)]
+  body = lambda x: lax.ppermute(x, "tensor", pairs)
+  (one,) = hlo.collectives(compiled(body, mesh))
+  assert (one.kind, one.group) == ("collective-permute", 2)
+
+
+GROUPS = {
+  "mesh['axis_0'=2,'axis_1'=4] {'axis_1'}": 4,
+  "mesh['axis_0'=1,'axis_1'=2,'axis_2'=2], device_ids=([2,2]T(1,0)) {'axis_1'}": 2,
+  "mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}": 8,
+  "mesh['axis_0'=2,'axis_1'=4] {'axis_1':(2)2}": 2,
+  "{{0,1,2},{3,4,5}}": 3,
+  "[2,4]<=[8]": 4,
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_groups(groups):
+  text = (
+    "HloModule jit_f, num_partitions=8\n\nENTRY %main (a: f32[4]) -> f32[4] {\n"
+    f"  %ar = f32[4]{{0}} all-reduce(%a), channel_id=3, replica_groups={groups}, "
+    "to_apply=%add\n}\n"
+  )
+  (one,) = hlo.collectives(text)
+  assert one.group == GROUPS[groups]
+
+
 def test_loops_multiply():
   mesh = sharding.make_mesh({"tensor": 4})
 
@@ -99,7 +139,7 @@ def test_groups_of_one_move_nothing():
 
 # ruff: noqa: E501
 # As a TPU's compiler prints them: an asynchronous pair within a loop without a
-# noted trip count, and one channel printed in two computations.
+# noted trip count, and one printed in a step of what it runs beside, too.
 TPU = """HloModule jit_f, num_partitions=8
 
 %body (p: (s32[], bf16[4,128])) -> (s32[], bf16[4,128]) {
@@ -115,7 +155,7 @@ TPU = """HloModule jit_f, num_partitions=8
 }
 
 %fused (q: bf16[2,2]) -> bf16[2,2] {
-  ROOT %ar.1 = bf16[2,2]{1,0} all-reduce(%q), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %ar.1 = bf16[2,2]{1,0} all-reduce(%q), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add, frontend_attributes={chain_id="0"}
 }
 
 ENTRY %main (a: bf16[4,128]) -> bf16[4,128] {
@@ -140,7 +180,7 @@ def test_a_tpus_text():
 BESIDE = """HloModule jit_f, num_partitions=2
 
 %step (p: f32[4]) -> (f32[4], f32[8]) {
-  %ag.2 = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+  %ag.2 = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}, frontend_attributes={chain_id="0"}
   ROOT %t.2 = (f32[4], f32[8]) tuple(%p, %ag.2)
 }
 
@@ -153,12 +193,12 @@ BESIDE = """HloModule jit_f, num_partitions=2
 }
 
 %begin (p: f32[4]) -> f32[8] {
-  %ag.1 = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+  %ag.1 = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}, frontend_attributes={chain_id="0"}
   ROOT %c.1 = (f32[4], f32[8]) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
 }
 
 %end (p: f32[4]) -> f32[8] {
-  %ag.3 = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+  %ag.3 = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}, frontend_attributes={chain_id="0"}
   ROOT %c.3 = f32[8] custom-call(%p, %ag.3), custom_call_target="AsyncCollectiveDone"
 }
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 # XLA's names of the collectives; of an asynchronous pair the start counts.
@@ -29,7 +28,7 @@ _CALLS = re.compile(
 )
 _MANY = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_CHANNEL = re.compile(r"channel_id=(\d+)")
+_BESIDE = 'chain_id="'
 _STARTS = 'custom_call_target="AsyncCollectiveStart"'
 _CONSTANT = re.compile(r"s(?:32|64)\[\]\S* constant\((\d+)\)")
 
@@ -80,38 +79,24 @@ def collectives(text: str) -> list[Collective]:
   bodies, entry = _computations(text)
   counts = _counts(bodies, entry)
   devices = _devices(text)
-  found: dict[tuple[str, str], Collective] = {}
-  started = set()
+  found = []
   for name, lines in bodies.items():
     if not counts.get(name):
       continue
     starts = any(_STARTS in line for line in lines)
-    for key, one in _printed(lines, counts[name], devices):
+    for line in lines:
+      match = _OPCODE.match(line)
       # What runs beside other work is printed where it starts, where it ends,
       # and in each step of that work, which a loop may run more often.
-      if starts:
-        started.add(key)
-      elif key in started or (key in found and found[key].count >= one.count):
+      if match is None or (_BESIDE in line and not starts):
         continue
-      found[key] = one
-  return list(found.values())
-
-
-def _printed(
-  lines: list[str], count: int, devices: int
-) -> Iterator[tuple[tuple[str, str], Collective]]:
-  """Yields the collectives in a computation, by kind and channel."""
-  for line in lines:
-    if not (match := _OPCODE.match(line)):
-      continue
-    where, shape, kind, is_start = match.groups()
-    group = _group(line, kind, devices)
-    if group < 2:
-      continue
-    size = _size(shape, kind, bool(is_start))
-    channel = _CHANNEL.search(line)
-    key = (kind, channel[1] if channel else where)
-    yield key, Collective(kind, count, size, group, where)
+      where, shape, kind, is_start = match.groups()
+      group = _group(line, kind, devices)
+      if group < 2:
+        continue
+      size = _size(shape, kind, bool(is_start))
+      found.append(Collective(kind, counts[name], size, group, where))
+  return found
 
 
 def total(found: list[Collective]) -> dict[str, dict[str, int]]:
@@ -186,8 +171,8 @@ def _devices(text: str) -> int:
 def _group(line: str, kind: str, devices: int) -> int:
   """Returns how many devices exchange data with one another."""
   if kind == "collective-permute":
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}?[,\s]", line + " ")
-    ends = re.findall(r"\{?(\d+),(\d+)\}?", pairs[1]) if pairs else []
+    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line)
+    ends = re.findall(r"(\d+),(\d+)", pairs[1]) if pairs else []
     return 2 if any(a != b for a, b in ends) else 1
   # [groups, size]<=[...] is an iota; {{0,1},{2,3}} lists them.
   if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
@@ -195,11 +180,13 @@ def _group(line: str, kind: str, devices: int) -> int:
   if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
     return len(listed[1].split(","))
   if mesh := re.search(
-    r"replica_groups=mesh\['?([^\]]*)\]\s*(?:\([^)]*\)\s*)?\{([^}]*)\}", line
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\)+)?\s*\{([^}]*)\}",
+    line,
   ):
     sizes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", mesh[1]))
-    axes = re.findall(r"'?([\w.]+)'?", mesh[2])
-    return math.prod(int(sizes[axis]) for axis in axes if axis in sizes)
+    # Of an axis that is split again, 'axis_0':(1)2 is a part of two.
+    axes = re.findall(r"'([\w.]+)'(?::\(\d+\)(\d+))?", mesh[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
   return devices
 
 
