@@ -3,6 +3,8 @@ r"""A small model that makes three frames between two, of one moving shape.
 vidgen prepare --dataset=moving_shapes --data_dir=data --num_clips=3000
 vidgen train --config=configs/svd_small_vae_train.py \
     --workdir=runs/svd_small_vae
+vidgen train --config=configs/svd_small_decoder_train.py \
+    --workdir=runs/svd_small_decoder
 vidgen encode --config=configs/svd_small_interpolation_train.py \
     --out=runs/svd_small_interpolation_cache
 vidgen train --config=configs/svd_small_interpolation_train.py \
@@ -27,15 +29,19 @@ def get_config() -> train.TrainConfig:
       source=sources.Source(
         model=svd.config_small(
           num_frames=5,
+          # How much moves follows from the ends.
           conditioning=svd.Conditioning(
-            given=(0, -1), mask_size=(8, 8), noised="latents"
+            numbers=("fps", "noise_aug"),
+            given=(0, -1),
+            mask_size=(8, 8),
+            noised="latents",
           ),
         ),
-        parts={"vae": "runs/svd_small_vae/published"},
+        parts={"vae": "runs/svd_small_decoder/published"},
         scratch=("unet", "image_encoder"),
       ),
       noising=noising.NoisingConfig(
-        log_sigma=(0.0, 1.6), image_dropouts=(0.05, 0.05, 0.05)
+        log_sigma=(1.0, 1.6), image_dropouts=(0.0, 0.05, 0.0)
       ),
       # What it sees of the image is learned along.
       train_along=("image_encoder",),
@@ -43,7 +49,7 @@ def get_config() -> train.TrainConfig:
     ),
     stages=(
       train.Stage(
-        1000,
+        3000,
         loader.DataConfig(
           dataset="moving_shapes",
           data_dir="data",
@@ -52,17 +58,24 @@ def get_config() -> train.TrainConfig:
           where={"things": 1},
           cache="runs/svd_small_interpolation_cache",
         ),
-        optimizers.Rate(2e-3, warmup_steps=50, schedule="linear", final=0.02),
+        optimizers.Rate(
+          1.5e-3, warmup_steps=100, schedule="linear", final=0.02
+        ),
       ),
     ),
     optimizers={
       name: optimizers.OptimizerConfig(
-        name="adamw",
-        options={"b1": 0.9, "b2": 0.98, "weight_decay": 0.01},
+        name="muon",
+        options={
+          "adam_b1": 0.9,
+          "adam_b2": 0.98,
+          "consistent_rms": 0.2,
+          "weight_decay": 0.01,
+        },
       )
       for name in ("unet", "image_encoder")
     },
-    ema_decay=0.99,
+    ema_decay=0.995,
     checkpoint_every=250,
     sample_every=0,
   )

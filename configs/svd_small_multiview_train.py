@@ -3,6 +3,8 @@ r"""A small model that goes around a solid: one view in, seven out.
 vidgen prepare --dataset=orbiting_solids --data_dir=data --num_clips=2000
 vidgen train --config=configs/svd_small_vae_train.py:orbiting_solids \
     --workdir=runs/svd_small_vae_solids
+vidgen train --config=configs/svd_small_decoder_train.py:orbiting_solids \
+    --workdir=runs/svd_small_decoder_solids
 vidgen encode --config=configs/svd_small_multiview_train.py \
     --out=runs/svd_small_multiview_cache
 vidgen train --config=configs/svd_small_multiview_train.py \
@@ -27,15 +29,13 @@ def get_config() -> train.TrainConfig:
       source=sources.Source(
         model=svd.config_small(
           num_frames=7,
-          conditioning=svd.Conditioning(
-            numbers=("fps", "motion", "noise_aug", "elevation")
-          ),
+          conditioning=svd.Conditioning(numbers=("noise_aug", "elevation")),
         ),
-        parts={"vae": "runs/svd_small_vae_solids/published"},
+        parts={"vae": "runs/svd_small_decoder_solids/published"},
         scratch=("unet", "image_encoder"),
       ),
       noising=noising.NoisingConfig(
-        log_sigma=(0.0, 1.6), image_dropouts=(0.05, 0.05, 0.05)
+        log_sigma=(1.0, 1.6), image_dropouts=(0.0, 0.05, 0.0)
       ),
       # What it sees of the image is learned along.
       train_along=("image_encoder",),
@@ -43,7 +43,7 @@ def get_config() -> train.TrainConfig:
     ),
     stages=(
       train.Stage(
-        1500,
+        3000,
         loader.DataConfig(
           dataset="orbiting_solids",
           data_dir="data",
@@ -51,17 +51,24 @@ def get_config() -> train.TrainConfig:
           buckets=(buckets.Bucket(7, 32, 32, 16),),
           cache="runs/svd_small_multiview_cache",
         ),
-        optimizers.Rate(2e-3, warmup_steps=50, schedule="linear", final=0.02),
+        optimizers.Rate(
+          1.5e-3, warmup_steps=100, schedule="linear", final=0.02
+        ),
       ),
     ),
     optimizers={
       name: optimizers.OptimizerConfig(
-        name="adamw",
-        options={"b1": 0.9, "b2": 0.98, "weight_decay": 0.01},
+        name="muon",
+        options={
+          "adam_b1": 0.9,
+          "adam_b2": 0.98,
+          "consistent_rms": 0.2,
+          "weight_decay": 0.01,
+        },
       )
       for name in ("unet", "image_encoder")
     },
-    ema_decay=0.99,
+    ema_decay=0.995,
     checkpoint_every=250,
     sample_every=0,
   )

@@ -1,8 +1,10 @@
 """Jobs compiled for TPUs that are not here."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from tests import tiny_cogvideox, tiny_training
@@ -91,6 +93,76 @@ def test_weights_of_others_are_counted_where_they_stay(checkpoint, tmp_path):
   assert sum(resident["all"].values()) == 2 * weights
 
 
+def told(config, tmp_path, devices=None):
+  """The programs of a sampling job, by name."""
+  devices = devices or topology.find(TOPOLOGY).devices[:1]
+  _, every = programs.SampleJob(config, tmp_path).programs(devices)
+  return {one.name: one for one in every}
+
+
+def test_a_batch_is_compiled_as_a_batch(checkpoint, tmp_path):
+  one = told(sample.SampleConfig(checkpoint=str(checkpoint)), tmp_path)
+  config = sample.SampleConfig(checkpoint=str(checkpoint), batch_size=4)
+  four = told(config, tmp_path)
+  flops = {name: program.model_flops for name, program in one.items()}
+  assert four["denoise step"].model_flops == 4 * flops["denoise step"] > 0
+  # Texts are embedded clip by clip.
+  assert four["text"].key == one["text"].key
+  for name in ("denoise step", "decode"):
+    assert four[name].key != one[name].key
+  shape = four["decode"].lower().out_info.shape
+  assert shape == (4, *one["decode"].lower().out_info.shape[1:])
+
+
+def test_a_video_is_encoded_first(checkpoint, tmp_path):
+  config = sample.SampleConfig(checkpoint=str(checkpoint), video="a.mp4")
+  every = told(config, tmp_path)
+  assert list(every) == ["text", "encode", "denoise step", "decode"]
+  (_, *_, channels) = every["encode"].lower().out_info.shape
+  assert channels == 4
+  steps = told(sample.SampleConfig(checkpoint=str(checkpoint)), tmp_path)
+  assert every["denoise step"].runs < steps["denoise step"].runs
+
+
+def test_tiles_are_refused(checkpoint, tmp_path):
+  config = sample.SampleConfig(checkpoint=str(checkpoint), tiling=True)
+  with pytest.raises(errors.InputError, match="tiles compile one by one"):
+    told(config, tmp_path)
+
+
+def test_what_a_program_does_not_read_stays_there():
+  here = topology.find("local")
+  given = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in (1000, 3000)]
+  program = compiling.Program(
+    "one of two",
+    lambda: jax.jit(lambda x, y: x + 1).lower(*given),
+    given_bytes=programs.bytes_of(given),
+  )
+  assert program.given_bytes == 16_000
+  found = compiling.measure(program, here, 1)
+  assert (found.argument_bytes, found.resident_bytes) == (4000, 12_000)
+  assert found.hbm_bytes >= 16_000
+
+
+def test_stages_that_train_other_parts_are_told_apart(checkpoint, tmp_path):
+  stage = tiny_training.stage("data", batch_size=1)
+  part = dataclasses.replace(stage, trainable=("query",))
+  data = dataclasses.replace(stage.data, cache="runs/cache")
+  cached = dataclasses.replace(stage, data=data)
+  config = tiny_training.config(
+    "data", str(checkpoint), stages=(part, stage, cached, stage)
+  )
+  devices = topology.find(TOPOLOGY).devices[:1]
+  _, every = programs.TrainJob(config, tmp_path).programs(devices)
+  name = "train step 9x32x32, 1 clips"
+  assert [one.name for one in every] == [name, name, f"{name}, cached"]
+  # A cache has latents in place of videos.
+  batches = [one.lower().args_info[0][2] for one in every[1:]]
+  assert "video" in batches[0] and "latents" not in batches[0]
+  assert {"latents", "latents_std", "text"} <= batches[1].keys()
+  assert "video" not in batches[1]
+
+
 @pytest.mark.slow
 def test_a_training_step(checkpoint, tmp_path):
   stage = tiny_training.stage("data", batch_size=4)
@@ -131,9 +203,6 @@ class Jobs:
 
   def programs(self, devices, device_bytes):
     assert 2**33 < device_bytes < 2**36
-    import jax
-    import jax.numpy as jnp
-
     from vidgen import sharding
 
     mesh = sharding.make_mesh(None, devices)

@@ -14,7 +14,8 @@ class Blend:
 
   def __init__(self, given=(0, -1)):
     training = base.Training(image_frames=given)
-    self.model = types.SimpleNamespace(training=training)
+    plan = lambda request: types.SimpleNamespace(num_frames=5)
+    self.model = types.SimpleNamespace(training=training, plan=plan)
     self.calls = []
 
   def sample(self, image, **options):
@@ -43,10 +44,9 @@ def test_each_pass_has_four_times_the_rate(passes, step):
   made, fps = interpolate(pipeline, ramp(3), passes, fps=2.0)
   np.testing.assert_array_equal(made[:, 0, 0, 0], np.arange(0, 129, step))
   assert made.shape[1:] == (4, 6, 3) and fps == 2.0 * 4**passes
-  # The rate that a model is told is that of what it is given.
-  assert [call["fps"] for call in pipeline.calls[:2]][-1] == 2.0 * 4 ** (
-    min(passes, 2) - 1
-  )
+  # The rate that a model is told is that of what it makes.
+  told = [call["fps"] for call in pipeline.calls]
+  assert told == [2.0 * 4 ** (i + 1) for i in range(passes)]
 
 
 def test_pairs_in_batches_are_pairs_at_once():

@@ -99,14 +99,19 @@ def key(name: str, args: Any, static: dict[str, Any]) -> str:
   return f"{name} {executables.arguments((args, sorted(chosen.items())))[:16]}"
 
 
-def programs(pipeline: Any, plan: base.Plan) -> Iterator[Program]:
-  """Yields the programs that sampling one clip calls, in order.
+def programs(
+  pipeline: Any, plan: base.Plan, count: int = 1, starts: bool = False
+) -> Iterator[Program]:
+  """Yields the programs that sampling a batch calls, in order.
 
-  Nothing runs, so the pipeline's `params` may be shapes with shardings.
+  Nothing runs, so the pipeline's `params` may be shapes with shardings. Without
+  tiles, which compile one by one.
 
   Args:
     pipeline: A `vidgen.Pipeline`.
-    plan: Of the clip.
+    plan: Of each of the clips.
+    count: How many are made at once.
+    starts: Whether they start from videos.
   """
   model, mesh = pipeline.model, pipeline.mesh
   blank = np.zeros((plan.height, plan.width, 3), np.float32)
@@ -114,23 +119,35 @@ def programs(pipeline: Any, plan: base.Plan) -> Iterator[Program]:
   frames = model.training.image_frames
   images = [image] * len(frames) if model.takes_image else None
   (inputs,) = model.inputs([""], images, plan)
-  clip = np.zeros(1, np.uint32)
-  keys = jax.eval_shape(lambda: samplers.keys(0, clip, samplers.POSTERIOR))
+
+  def drawn(number: int) -> Any:
+    clips = np.zeros(number, np.uint32)
+    return jax.eval_shape(lambda: samplers.keys(0, clips, samplers.POSTERIOR))
+
   condition: dict[str, Any] = {}
   for stage, apply in pipeline.conditioners:
     if not all(name in inputs for name in stage.needs):
       continue
     weights = pipeline.held(stage.component)[stage.component]
-    args = weights, inputs, keys if stage.draws else None
+    args = weights, inputs, drawn(1) if stage.draws else None
     yield Program(stage.stage, stage.component, apply, args, {})
     with sharding.use(mesh):
       condition |= jax.eval_shape(apply, *args)
-  where = sharding.batch_sharding(mesh, 1)
+  where = sharding.batch_sharding(mesh, count)
+  # Conditions are made clip by clip, all else of the whole batch.
   placed = lambda tree: jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree
+    lambda x: jax.ShapeDtypeStruct(
+      (count, *x.shape[1:]), x.dtype, sharding=where
+    ),
+    tree,
   )
-  latents = jax.ShapeDtypeStruct((1, *plan.latents), np.float32)
+  latents = jax.ShapeDtypeStruct((count, *plan.latents), np.float32)
   condition = placed(condition)
+  if starts:
+    size = plan.num_frames, plan.height, plan.width
+    video = jax.ShapeDtypeStruct((count, *size, 3), np.float32)
+    args = pipeline.held("vae"), video, drawn(count)
+    yield Program("encode", "vae", pipeline.encoder, args, {"slicing": False})
   table, static = pipeline.steps(plan)
   args = (
     pipeline.held(model.denoiser),
@@ -138,14 +155,14 @@ def programs(pipeline: Any, plan: base.Plan) -> Iterator[Program]:
     condition,
     None if plan.guidance is None else condition,
     table,
-    keys,
+    drawn(count),
     0,
     len(plan.schedule),
   )
   yield Program("denoise", model.denoiser, pipeline.denoise, args, static)
   frames, *size = plan.latents
   latents = jax.ShapeDtypeStruct(
-    (1, frames - plan.padding, *size), np.float32, sharding=where
+    (count, frames - plan.padding, *size), np.float32, sharding=where
   )
   args = pipeline.held("vae"), latents
   static = {"post": pipeline.post("uint8"), "slicing": False}

@@ -32,8 +32,9 @@ class Program:
     name: Of the stage: "denoise step", "train step 17x64x64".
     lower: Returns it lowered, a `jax.stages.Lowered`.
     key: Under which a job looks for it among executables.
-    resident_bytes: Of one device: weights that stay there though the program
-      does not read them.
+    resident_bytes: Of one device: weights of other programs that stay there.
+    given_bytes: Of one device: what the program is called with. What of that it
+      does not read is no argument of what is compiled, but there all the same.
     model_flops: Of one run on all devices, by the model's own count; 0 where
       none is kept.
     runs: How often the job runs it for a clip, or a step.
@@ -43,6 +44,7 @@ class Program:
   lower: Callable[[], Any]
   key: str = ""
   resident_bytes: int = 0
+  given_bytes: int = 0
   model_flops: float = 0.0
   runs: int = 1
 
@@ -59,13 +61,14 @@ class Result:
     temporary_bytes: What it needs as it runs.
     output_bytes: What comes out and is not written over an argument.
     code_bytes: The program itself.
-    resident_bytes: As of `Program`.
+    resident_bytes: What stays there and is not read.
     collectives: By kind, how many run and the bytes of their results.
     wire_bytes: What a device sends.
     model_flops: As of `Program`.
     bound_seconds: What compute, memory and interconnect would each take alone:
       the model's operations at peak, one reading of the arguments and writing
-      of the outputs, and what is sent over two links.
+      of the outputs, and what is sent over two links. Between slices it takes
+      longer: the network of the data centre is not known here.
     runs: As of `Program`.
     compile_seconds: What compiling took.
     effort: "full", as a job compiles it; "least" takes a fraction of the time,
@@ -160,6 +163,7 @@ class Report:
       "",
       "GiB of a device. Seconds of one run, were compute, memory or links all",
       "that took time; the slowest bounds the MFU.",
+      *([_SLICES] if "*" in self.topology else []),
       *([_LEAST] if any(p.effort == "least" for p in self.programs) else []),
       "",
     ]
@@ -169,6 +173,7 @@ class Report:
     return "\n".join([*lines, f"{fits} {self.advice}".rstrip()])
 
 
+_SLICES = "Links: what crosses slices is taken to go as fast as within one."
 _LEAST = (
   "Compiled with least effort (*), but for what nearly fits or nearly does not."
 )
@@ -266,8 +271,10 @@ def _measure(program, where, devices, kept=None) -> Result:
   seconds = time.perf_counter() - start
   if kept is not None:
     kept[program.key] = compiled
-  stats = compiled.memory_analysis()
-  found = hlo.collectives(compiled.as_text())
+  stats, text = compiled.memory_analysis(), compiled.as_text()
+  found = hlo.collectives(text)
+  unread = max(0, program.given_bytes - hlo.parameter_bytes(text))
+  resident = program.resident_bytes + unread
   wire = math.fsum(one.wire_bytes for one in found)
   output = stats.output_size_in_bytes - stats.alias_size_in_bytes
   own = (
@@ -280,13 +287,13 @@ def _measure(program, where, devices, kept=None) -> Result:
   traffic = stats.argument_size_in_bytes + stats.output_size_in_bytes
   return Result(
     name=program.name,
-    fits=own + program.resident_bytes <= chip.hbm_bytes,
-    hbm_bytes=own + program.resident_bytes,
+    fits=own + resident <= chip.hbm_bytes,
+    hbm_bytes=own + resident,
     argument_bytes=stats.argument_size_in_bytes,
     temporary_bytes=stats.temp_size_in_bytes,
     output_bytes=output,
     code_bytes=stats.generated_code_size_in_bytes,
-    resident_bytes=program.resident_bytes,
+    resident_bytes=resident,
     collectives=hlo.total(found),
     wire_bytes=wire,
     model_flops=program.model_flops,

@@ -22,6 +22,7 @@ _OPCODE = re.compile(
   rf"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\("
 )
 _WHILE = re.compile(r"\bwhile\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_PARAMETER = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) parameter\(\d+\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLS = re.compile(
   r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
@@ -107,6 +108,18 @@ def total(found: list[Collective]) -> dict[str, dict[str, int]]:
     kind["count"] += one.count
     kind["bytes"] += one.count * one.result_bytes
   return dict(sorted(result.items()))
+
+
+def parameter_bytes(text: str) -> int:
+  """Returns the bytes of what a compiled program reads, of one device.
+
+  Args:
+    text: As of `collectives`.
+  """
+  bodies, entry = _computations(text)
+  shapes = (_PARAMETER.match(line) for line in bodies.get(entry, ()))
+  arrays = [_ARRAY.findall(match[1]) for match in shapes if match]
+  return sum(_bytes(*one) for found in arrays for one in found)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from vidgen import arguments, errors, video
+from vidgen.models import base
 from vidgen.pipeline import Pipeline
 
 # The frames that a clip of such a model is given.
@@ -52,11 +53,14 @@ def interpolate(
   if len(read) < 2:
     raise errors.InputError("video: needs two frames or more.")
   known = np.stack([_bytes(frame) for frame in read])
+  request = base.Request(num_frames=options.get("num_frames"), image=True)
+  rise = pipeline.model.plan(request).num_frames - 1
   for number in range(passes):
+    # The model is told the rate of what it makes, as in training.
+    fps *= rise
     made = _between(
       pipeline, known, seed + number, batch_size, options | {"fps": fps}
     )
-    fps *= made.shape[1] - 1
     # The last frame of a clip is the first one of the next.
     made[:, 0], made[:, -1] = known[:-1], known[1:]
     known = np.concatenate([*made[:, :-1], known[-1:]])

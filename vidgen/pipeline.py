@@ -59,7 +59,7 @@ class Pipeline:
     why_mesh: Why it is this mesh, in a line, where it was chosen; else empty.
     ready: Programs that need not be compiled when they are called.
     conditioners: The stages of conditioning, and what runs each.
-    denoise: Runs steps; `decoder` decodes. Compiled functions.
+    denoise: Runs steps; `encoder` and `decoder` do what they say. Compiled.
   """
 
   def __init__(
@@ -86,7 +86,7 @@ class Pipeline:
       (stage, jax.jit(functools.partial(stage.apply, tiling=False)))
       for stage in model.conditioners
     ]
-    self._encode = jax.jit(
+    self.encoder = jax.jit(
       functools.partial(model.encode, tiling=False),
       static_argnames=("slicing",),
     )
@@ -386,7 +386,7 @@ class Pipeline:
     """Scaled latents; tiles compile by themselves, all else as a whole."""
     if memory["tiling"]:
       return self.model.encode(params, video, keys, **memory)
-    return self._encode(params, video, keys, slicing=memory["slicing"])
+    return self.encoder(params, video, keys, slicing=memory["slicing"])
 
   def _loop(self, x, condition, unconditional, keys, plan, progress):
     """Denoises; returns latents without padding."""

@@ -74,16 +74,22 @@ def skeleton(name: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def bytes_of(tree: PyTree) -> int:
-  """Returns the bytes that one device holds of arrays with shardings."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
+  """Returns the bytes that one device holds of arrays with shardings.
+
+  Those without are whole on each device; numbers alone do not count.
+  """
+
+  def held(leaf):
+    where = getattr(leaf, "sharding", None)
+    shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+  return sum(held(leaf) for leaf in jax.tree.leaves(tree) if np.ndim(leaf))
 
 
 @dataclasses.dataclass
 class SampleJob:
-  """The programs of `vidgen sample`, for a clip at a time.
+  """The programs of `vidgen sample`, for a batch at a time.
 
   Attributes:
     config: Of the job.
@@ -100,8 +106,17 @@ class SampleJob:
   def programs(
     self, devices: Sequence[Any], device_bytes: int | None = None
   ) -> tuple[Mesh, list[Program]]:
-    """Returns the mesh and, of one clip, text, image, denoising, decoding."""
+    """Returns the mesh and, of a batch, text, image, denoising, decoding.
+
+    Raises:
+      InputError: The config asks for tiles, which compile as they come up.
+    """
     config = self.config
+    if config.tiling:
+      raise errors.InputError(
+        "config: tiling: tiles compile one by one, as they come up; leave it "
+        "out to see what decoding takes without."
+      )
     home = skeleton(config.checkpoint, self.folder)
     dtype = jnp.dtype(config.dtype)
     model = self.model = base.find_family(home).open_model(home, dtype)
@@ -135,9 +150,10 @@ class SampleJob:
     pipeline = Pipeline(model, params, mesh)
     size = plan.num_frames, plan.height, plan.width
     branches = 1 if plan.guidance is None else 2
-    flops = {"denoise": branches * model.flops(*size)}
+    count, starts = config.batch_size, config.video is not None
+    flops = {"denoise": count * branches * model.flops(*size)}
     programs = []
-    for one in ahead.programs(pipeline, plan):
+    for one in ahead.programs(pipeline, plan, count, starts):
       others = sum(n for name, n in weights.items() if name != one.component)
       is_step = one.name == "denoise"
       programs.append(
@@ -146,6 +162,7 @@ class SampleJob:
           lower=functools.partial(one.lower, mesh),
           key=one.key,
           resident_bytes=others if config.residency == "all" else 0,
+          given_bytes=bytes_of(one.args),
           model_flops=flops.get(one.name, 0.0),
           runs=len(plan.schedule) if is_step else 1,
         )
@@ -198,14 +215,23 @@ class TrainJob:
       for bucket in loader.sized(stage.data):
         name = f"{bucket.num_frames}x{bucket.height}x{bucket.width}"
         name = f"train step {name}, {bucket.batch_size} clips"
-        known = (name, repr(stage.options))
-        if known not in seen:
-          seen.add(known)
-          lower = functools.partial(
-            _lower_step, trainer, stage, bucket, state, frozen
+        cached = stage.data.cache is not None
+        known = (name, repr((stage.options, stage.trainable, cached)))
+        if known in seen:
+          continue
+        seen.add(known)
+        lower = functools.partial(
+          _lower_step, trainer, stage, bucket, state, frozen
+        )
+        programs.append(
+          Program(
+            name + (", cached" if cached else ""),
+            lower,
+            name,
+            given_bytes=bytes_of((state, frozen)),
+            model_flops=task.flops(bucket) or 0.0,
           )
-          flops = task.flops(bucket) or 0.0
-          programs.append(Program(name, lower, name, model_flops=flops))
+        )
     return mesh, programs
 
   def alternatives(self) -> Iterator[tuple[str, "TrainJob"]]:
@@ -242,11 +268,14 @@ def _meshes(
 def _lower_step(trainer, stage, bucket, state, frozen):
   """Lowers the step of a stage for one bucket."""
   task, step = trainer.stage_steps(stage)
-  one = loader.blank(bucket)
   n = bucket.batch_size
   place = sharding.training_batch(trainer.mesh, n)
   number = np.zeros((1,), np.int32)
-  arrays = task.host_batch(one) | {"index": number, "count": number}
+  if stage.data.cache is None:
+    arrays = task.host_batch(loader.blank(bucket))
+  else:
+    arrays = task.cached_arrays(bucket, frozen)
+  arrays |= {"index": number, "count": number}
   whole = lambda x: jax.ShapeDtypeStruct(
     (n, *x.shape[1:]), x.dtype, sharding=place
   )

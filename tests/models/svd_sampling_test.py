@@ -1,5 +1,6 @@
 """What can be asked of SVD, what it is told, and the job that samples it."""
 
+import functools
 import json
 import shutil
 
@@ -322,3 +323,17 @@ def test_operations_are_those_that_xla_counts():
   )
   counted = lowered.cost_analysis()["flops"]
   assert flops.flops(config, 4, 24, 24) == pytest.approx(counted, rel=0.1)
+
+
+def test_operations_that_are_left_out():
+  """Of an image model those over time; by weights alone attention's."""
+  config = unet.UnetConfig()
+  count = functools.partial(flops.flops, config, 1, 64, 64)
+  assert count(images=True) < 0.75 * count()
+  c = np.array(config.block_out_channels)
+  scores = count() - count(by_weights=True)
+  # Per level: 2 transformers down, 3 up, and one in the middle at the last,
+  # which has no others; each sees its n positions, and each of them its frame.
+  n = np.array([64, 32, 16, 8]) ** 2
+  layers = np.array([5, 5, 5, 1])
+  assert scores == 2 * (layers * n * (n + 1) * 2 * c).sum()

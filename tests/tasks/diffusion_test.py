@@ -1,4 +1,4 @@
-"""What the diffusion task writes."""
+"""What the diffusion task writes, and what it counts."""
 
 import pathlib
 
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests import tiny_training
-from vidgen import sharding, tensorfile
+from vidgen import adapters, sharding, tensorfile
+from vidgen.data import buckets
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +46,17 @@ def test_the_autoencoder_is_published_as_exact_as_it_encoded(
   for name in ("transformer", "text_encoder"):
     kinds = {x.dtype for x in tensors(tmp_path / "out", name).values()}
     assert kinds == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_a_lora_saves_the_gradients_of_weights(checkpoint):
+  mesh = sharding.make_mesh(None)
+  bucket = buckets.Bucket(9, 32, 32, 2)
+  full = tiny_training.config("data", checkpoint).task
+  lora = tiny_training.replace(full, lora=adapters.LoraConfig(rank=4))
+  model = full.build(mesh).model
+  forward, weights = (
+    2 * model.flops(9, 32, 32, by_weights=by) for by in (False, True)
+  )
+  assert 0 < weights < forward
+  assert full.build(mesh).flops(bucket) == 3 * forward
+  assert lora.build(mesh).flops(bucket) == 3 * forward - weights

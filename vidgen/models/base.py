@@ -326,8 +326,13 @@ class Model(Protocol):
       tiling: As of `encode`.
     """
 
-  def flops(self, num_frames: int, height: int, width: int) -> float:
-    """Returns the operations of one prediction for a video of this size."""
+  def flops(
+    self, num_frames: int, height: int, width: int, by_weights: bool = False
+  ) -> float:
+    """Returns the operations of one prediction for a video of this size.
+
+    Those by weights leave out the products of attention.
+    """
 
   def published_configs(self) -> dict[str, dict[str, Any]]:
     """Returns the JSON files of the published layout, by path."""

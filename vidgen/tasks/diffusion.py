@@ -324,6 +324,34 @@ class DiffusionTask:
       self.model, batch, self._plan, self._takes_image, reads_text
     )
 
+  def cached_arrays(
+    self, bucket: buckets.Bucket, frozen: dict[str, PyTree]
+  ) -> dict[str, np.ndarray]:
+    """Returns what `host_batch` has of a clip of a cache: for shapes.
+
+    Args:
+      bucket: Of the clip.
+      frozen: As of `frozen_shapes`.
+    """
+    batch = loader.blank(bucket)
+    shapes: dict[str, Any] = {}
+    with sharding.use(self._mesh):
+      found = jax.eval_shape(self.posterior, frozen, batch.video)
+      shapes |= zip(("latents", "latents_std"), found, strict=True)
+      if TEXT_ENCODER in self._frozen_names:
+        shapes["text"] = jax.eval_shape(self.embed, frozen, self.tokens([""]))
+    arrays = {n: np.zeros(x.shape, np.float32) for n, x in shapes.items()}
+    arrays |= {n: x[None] for n, x in self.kept(batch.video[0]).items()}
+    cached = batch._replace(
+      video=batch.video[:, :0],
+      arrays=arrays,
+      made_by=cache.Encoders("", None, self.config.dtype, self._takes_image),
+    )
+    reads_text = TEXT_ENCODER in self._frozen_names
+    return noising.host_batch(
+      self.model, cached, self._plan, self._takes_image, reads_text
+    )
+
   def gradients(
     self,
     params: dict[str, PyTree],
@@ -349,9 +377,16 @@ class DiffusionTask:
     return adapters.attach(every, tree, self.config.lora, self._denoiser)
 
   def flops(self, bucket: buckets.Bucket) -> float | None:
-    """Three times the denoiser's forward pass; the encoders are left out."""
+    """Three times the denoiser's forward pass; the encoders are left out.
+
+    Under a LoRA the weights take no gradients, a third of what they take part
+    in; the LoRA's own operations are left out.
+    """
     size = bucket.num_frames, bucket.height, bucket.width
-    return 3 * bucket.batch_size * self.model.flops(*size)
+    each = 3 * self.model.flops(*size)
+    if self.config.lora is not None:
+      each -= self.model.flops(*size, by_weights=True)
+    return bucket.batch_size * each
 
   def samples(
     self, params: dict[str, PyTree], frozen: dict[str, PyTree]

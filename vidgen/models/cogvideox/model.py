@@ -109,7 +109,9 @@ class CogVideoX:
   def takes_image(self) -> bool:
     return self.config.takes_image
 
-  def flops(self, num_frames: int, height: int, width: int) -> float:
+  def flops(
+    self, num_frames: int, height: int, width: int, by_weights: bool = False
+  ) -> float:
     """Two for each multiplication of a matrix; norms and sums are left out."""
     config = self.config.transformer
     scale = self.config.vae.spatial_compression_ratio * config.patch_size
@@ -119,7 +121,7 @@ class CogVideoX:
     tokens = config.max_text_seq_length + video
     # Four projections, two attention products, and four times wide twice.
     dense = 12 * tokens * config.dim**2
-    block = dense + 2 * tokens**2 * config.dim
+    block = dense + (0 if by_weights else 2 * tokens**2 * config.dim)
     return 2.0 * config.num_layers * block
 
   @property

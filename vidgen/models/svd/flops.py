@@ -7,7 +7,15 @@ from vidgen.models.svd.unet import CROSS_DOWN, CROSS_UP, UnetConfig
 _ATTENTION, _FEED_FORWARD = 4, 12
 
 
-def flops(config: UnetConfig, frames: int, height: int, width: int) -> float:
+def flops(
+  config: UnetConfig,
+  frames: int,
+  height: int,
+  width: int,
+  *,
+  images: bool = False,
+  by_weights: bool = False,
+) -> float:
   """Returns two operations for each multiplication of a matrix.
 
   Norms, sums, embeddings and attention to a single token are left out.
@@ -17,6 +25,8 @@ def flops(config: UnetConfig, frames: int, height: int, width: int) -> float:
     frames: Of a clip.
     height: Of its latents.
     width: Of its latents.
+    images: Whether there are no layers over time.
+    by_weights: Leaves out the products of attention.
   """
   widths = config.block_out_channels
   last = len(widths) - 1
@@ -29,14 +39,15 @@ def flops(config: UnetConfig, frames: int, height: int, width: int) -> float:
 
   def resnet(i: int, o: int, level: int) -> int:
     shortcut = i * o * tokens[level] if i != o else 0
-    time = 2 * 3 * o * o * tokens[level]
+    time = 0 if images else 2 * 3 * o * o * tokens[level]
     return convolve(i, o, level) + convolve(o, o, level) + shortcut + time
 
   def attend(level: int) -> int:
     n, c = tokens[level], widths[level]
-    space = (_ATTENTION + _FEED_FORWARD) * c * c + 2 * n * c
-    time = (_ATTENTION + 2 * _FEED_FORWARD) * c * c + 2 * frames * c
-    return n * (2 * c * c + depth * (space + time))
+    scored = 0 if by_weights else 2 * c
+    space = (_ATTENTION + _FEED_FORWARD) * c * c + n * scored
+    time = (_ATTENTION + 2 * _FEED_FORWARD) * c * c + frames * scored
+    return n * (2 * c * c + depth * (space + (0 if images else time)))
 
   total = convolve(config.in_channels, widths[0], 0)
   total += convolve(widths[0], config.out_channels, 0)

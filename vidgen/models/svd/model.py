@@ -105,11 +105,19 @@ class StableVideoDiffusion:
       numbers=numbers.needed(conditioning.numbers),
     )
 
-  def flops(self, num_frames: int, height: int, width: int) -> float:
+  def flops(
+    self, num_frames: int, height: int, width: int, by_weights: bool = False
+  ) -> float:
     """Two for each multiplication of a matrix; norms and sums are left out."""
     ratio = self.config.vae.spatial_compression_ratio
-    size = height // ratio, width // ratio
-    return flops.flops(self.config.unet, num_frames, *size)
+    return flops.flops(
+      self.config.unet,
+      num_frames,
+      height // ratio,
+      width // ratio,
+      images=self.config.images,
+      by_weights=by_weights,
+    )
 
   @property
   def conditioners(self) -> tuple[base.Conditioner, ...]:

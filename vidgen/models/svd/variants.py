@@ -99,13 +99,15 @@ def config_small(
       sample_size=8,
       in_channels=channels + beside,
       out_channels=channels,
-      down_block_types=(unet.CROSS_DOWN, unet.CROSS_DOWN),
-      up_block_types=(unet.CROSS_UP, unet.CROSS_UP),
-      block_out_channels=(32, 64),
+      # At the last level one convolution sees the whole frame.
+      down_block_types=(unet.CROSS_DOWN,) * 3,
+      up_block_types=(unet.CROSS_UP,) * 3,
+      # There are 32 groups in each norm: of one channel it would lose the mean.
+      block_out_channels=(64, 64, 64),
       addition_time_embed_dim=width,
       layers_per_block=1,
       cross_attention_dim=width,
-      num_attention_heads=(1, 2),
+      num_attention_heads=(2, 2, 2),
       num_frames=num_frames,
     ),
     vae=vae.VaeConfig(
@@ -115,8 +117,8 @@ def config_small(
       # Half the work; the UNet keeps frames alike.
       temporal=False,
       sample_size=32,
-      # What the latents of its autoencoders have to be divided by, about.
-      scaling_factor=0.4,
+      # Its autoencoders are normalised.
+      scaling_factor=1.0,
     ),
     image_encoder=clip.VisionConfig(
       hidden_size=64,
@@ -130,7 +132,7 @@ def config_small(
     text_encoder=None,
     # So few latents are all noise long before 700.
     scheduler=SchedulerConfig(sigma_min=0.01, sigma_max=80.0),
-    fps=8,
+    fps=4,
     conditioning=conditioning,
   )
   _tell(config)
