@@ -11,8 +11,9 @@ vidgen train --config=configs/svd_small_decoder_train.py:orbiting_solids \
 
 Hardware: 2 CPU cores, 2 GB.
 Cost: see vidgen/models/svd/README.md, "Small models".
-Expect: about 32 dB PSNR on validation clips. Before, one direction of the
-latents had 400 times the variance of another, which a denoiser's error drowns.
+Expect: 35.1 dB PSNR on validation clips of moving shapes, 33.0 dB on orbits.
+Before, one direction of the latents had 400 times the variance of another,
+which a denoiser's error drowns; then it has at most 40 times as much.
 """
 
 from vidgen import optimizers, train

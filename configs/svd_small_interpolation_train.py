@@ -49,12 +49,12 @@ def get_config() -> train.TrainConfig:
     ),
     stages=(
       train.Stage(
-        3000,
+        2400,
         loader.DataConfig(
           dataset="moving_shapes",
           data_dir="data",
           fps=4.0,
-          buckets=(buckets.Bucket(5, 32, 32, 16),),
+          buckets=(buckets.Bucket(5, 32, 32, 8),),
           where={"things": 1},
           cache="runs/svd_small_interpolation_cache",
         ),
@@ -65,13 +65,8 @@ def get_config() -> train.TrainConfig:
     ),
     optimizers={
       name: optimizers.OptimizerConfig(
-        name="muon",
-        options={
-          "adam_b1": 0.9,
-          "adam_b2": 0.98,
-          "consistent_rms": 0.2,
-          "weight_decay": 0.01,
-        },
+        name="adamw",
+        options={"b1": 0.9, "b2": 0.98, "weight_decay": 0.01},
       )
       for name in ("unet", "image_encoder")
     },

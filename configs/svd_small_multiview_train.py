@@ -43,12 +43,12 @@ def get_config() -> train.TrainConfig:
     ),
     stages=(
       train.Stage(
-        3000,
+        2000,
         loader.DataConfig(
           dataset="orbiting_solids",
           data_dir="data",
           fps=7 / 3,
-          buckets=(buckets.Bucket(7, 32, 32, 16),),
+          buckets=(buckets.Bucket(7, 32, 32, 8),),
           cache="runs/svd_small_multiview_cache",
         ),
         optimizers.Rate(
@@ -58,13 +58,8 @@ def get_config() -> train.TrainConfig:
     ),
     optimizers={
       name: optimizers.OptimizerConfig(
-        name="muon",
-        options={
-          "adam_b1": 0.9,
-          "adam_b2": 0.98,
-          "consistent_rms": 0.2,
-          "weight_decay": 0.01,
-        },
+        name="adamw",
+        options={"b1": 0.9, "b2": 0.98, "weight_decay": 0.01},
       )
       for name in ("unet", "image_encoder")
     },

@@ -9,7 +9,7 @@ vidgen train --config=configs/svd_small_vae_train.py:orbiting_solids \
 
 Hardware: 2 CPU cores, 2 GB.
 Cost: see vidgen/models/svd/README.md, "Small models".
-Expect: about 30 dB PSNR on validation clips.
+Expect: 29.9 dB PSNR on validation clips of moving shapes, 27.0 dB on orbits.
 Its decoder is one of images. In the second stage there is noise on the latents:
 what a denoiser leaves is a little off.
 """

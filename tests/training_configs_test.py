@@ -37,6 +37,8 @@ PUBLISHED = {
   "runs/svd_t2v_finetune/published": svd.config_text_to_video(),
   "runs/svd_small_vae/published": svd.config_small(9),
   "runs/svd_small_vae_solids/published": svd.config_small(9),
+  "runs/svd_small_decoder/published": svd.config_small(9),
+  "runs/svd_small_decoder_solids/published": svd.config_small(9),
 }
 # What the demo's own runs publish.
 MADE_HERE = (

@@ -99,15 +99,14 @@ def config_small(
       sample_size=8,
       in_channels=channels + beside,
       out_channels=channels,
-      # At the last level one convolution sees the whole frame.
-      down_block_types=(unet.CROSS_DOWN,) * 3,
-      up_block_types=(unet.CROSS_UP,) * 3,
+      down_block_types=(unet.CROSS_DOWN, unet.CROSS_DOWN),
+      up_block_types=(unet.CROSS_UP, unet.CROSS_UP),
       # There are 32 groups in each norm: of one channel it would lose the mean.
-      block_out_channels=(64, 64, 64),
+      block_out_channels=(64, 64),
       addition_time_embed_dim=width,
       layers_per_block=1,
       cross_attention_dim=width,
-      num_attention_heads=(2, 2, 2),
+      num_attention_heads=(2, 2),
       num_frames=num_frames,
     ),
     vae=vae.VaeConfig(
