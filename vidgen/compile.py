@@ -128,7 +128,10 @@ class Report:
     return max(self.programs, key=lambda p: p.model_flops * p.runs)
 
   def as_json(self) -> dict[str, Any]:
-    """Returns what --json writes; the figures of the job are sums over runs."""
+    """Returns what --json writes; the figures of the job are sums over runs.
+
+    But for the collectives, which are those of one run of the main program.
+    """
     seconds = {"compute": 0.0, "memory": 0.0, "interconnect": 0.0}
     for program in self.programs:
       for name, value in program.bound_seconds.items():
