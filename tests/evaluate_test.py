@@ -366,6 +366,15 @@ def test_an_evaluation_has_a_manifest(folders, tmp_path, capsys):
   assert main.main(["repro", "check", *both]) == 1
 
 
+def test_an_evaluation_hides_no_shards_of_a_job(folders, tmp_path):
+  a, b = folders
+  sides = [f"--reference={a}", f"--generated={b}", "--resamples=50"]
+  (tmp_path / "manifest-00000-of-00002.json").write_text("{}")
+  assert main.main(["evaluate", *sides, f"--json={tmp_path}"]) == 0
+  assert (tmp_path / "evaluate.manifest.json").exists()
+  assert not (tmp_path / "manifest.json").exists()
+
+
 def test_what_is_no_number_is_told(folders, tmp_path, monkeypatch):
   a, _ = folders
   monkeypatch.setattr(temporal, "flicker", lambda frames: float("nan"))

@@ -22,7 +22,7 @@ from vidgen import (
   sample,
 )
 from vidgen import compile as compiling
-from vidgen.models import base
+from vidgen.models import base, svd
 
 REQUEST = {"num_steps": 2}
 
@@ -242,3 +242,19 @@ def test_a_changed_file_is_not_opened(checkpoint, saved, tmp_path):
 def test_no_programs(checkpoint, tmp_path):
   with pytest.raises(errors.InputError, match="vidgen compile --save"):
     vidgen.load(checkpoint, executables=str(tmp_path))
+
+
+def test_all_of_a_config_may_be_in_a_program():
+  """What SVD adds noise to has a name that diffusers passes over."""
+  devices = jax.devices()[:1]
+  told = [
+    executables.identity(
+      svd.create(
+        svd.config_small(5, svd.Conditioning(noised=noised)), "float32"
+      ),
+      devices,
+      {},
+    )
+    for noised in ("pixels", "latents", "latents")
+  ]
+  assert told[0] != told[1] == told[2]

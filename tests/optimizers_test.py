@@ -33,6 +33,14 @@ def test_rate_of_stages():
   np.testing.assert_allclose(at(200), 0, atol=1e-9)
 
 
+def test_a_stage_that_is_all_warm_up_ends_at_its_peak():
+  warm = (10, Rate(1e-3, warmup_steps=10))
+  rate = optimizers.schedule([warm, (20, Rate(1e-3, warmup_steps=10))])
+  np.testing.assert_allclose(
+    [float(rate(step)) for step in (10, 15, 20)], 1e-3, rtol=1e-5
+  )
+
+
 @pytest.mark.parametrize(
   "steps, fields, word",
   [

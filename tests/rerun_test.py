@@ -258,6 +258,7 @@ def test_flags_of_the_environment_are_as_they_were():
     "devices": {"platform": "cpu", "count": 4},
   }
   here = {"XLA_FLAGS": "--b", "HOME": "/h", "PYTHONPATH": "/p"}
+  here["JAX_DEFAULT_MATMUL_PRECISION"] = "bfloat16"
   got = rerun.environ(told, here)
   root = os.fspath(environment.ROOT.parent)
   assert got == {

@@ -169,6 +169,9 @@ def test_what_was_measured_on_each_clip(tmp_path):
   report_runs.training(tmp_path / "run")
   home = tmp_path / "run" / "samples" / "000000100"
   (home / "metrics.json").write_text('{"00": {"ssim": 0.5, "n": "x"}}')
+  # Of samples of one name at other steps it says nothing.
+  found = {"flicker": {"value": 3.0, "clips": {"00": 3.0}}}
+  (tmp_path / "run/evaluate.json").write_text(json.dumps({"metrics": found}))
   told = [clip.metrics for clip in runfiles.load(tmp_path / "job").clips]
   assert told == [{"psnr": 31.5}, {}]
   told = [clip.metrics for clip in runfiles.load(tmp_path / "run").clips]
@@ -184,6 +187,15 @@ def test_a_long_curve_keeps_its_spikes():
   assert thin[1].max() == 9 and thin[1].min() == -9
   assert (np.diff(thin[0]) > 0).all()
   assert thin[0, 0] == 0 and thin[0, -1] == x[-1]
+  short = np.stack([x[:100], y[:100]])
+  assert runfiles.thin(short) is short
+
+
+def test_what_is_smoothed_has_the_mean_of_all():
+  x = np.arange(60_000.0)
+  y = 2 + np.random.default_rng(0).exponential(0.5, len(x))
+  thin = runfiles.thin(np.stack([x, y]))
+  assert abs(thin[2].mean() - 2.5) < 0.01 < abs(thin[1].mean() - 2.5)
 
 
 def test_long_lists_of_a_manifest_are_counted(tmp_path):

@@ -319,6 +319,46 @@ def test_clips_that_do_not_fit_stop_no_others(tmp_path, pipeline, monkeypatch):
     sample.run(jobs.config(tmp_path, prompt="a", seed=1))
 
 
+def test_a_long_video_that_does_not_fit_stops_no_short_one(
+  tmp_path, pipeline, monkeypatch
+):
+  path = tmp_path / "a.csv"
+  path.write_text("prompt,video\na,long.mp4\nb,short.mp4\nc,long.mp4\n")
+  for name, count in (("long.mp4", 17), ("short.mp4", 9)):
+    frames = np.zeros((count, 16, 16, 3), np.uint8)
+    video.write_mp4(tmp_path / name, frames, 8)
+  made, tried = pipeline.sample, []
+
+  def sample_or_not(prompt, *, video, strength, **arguments):
+    tried.append(os.path.basename(video))
+    if tried[-1] == "long.mp4":
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")
+    return made(prompt, **arguments)
+
+  monkeypatch.setattr(pipeline, "sample", sample_or_not)
+  summary = sample.run(jobs.config(tmp_path, prompts=os.fspath(path)))
+  assert (summary.clips, len(summary.failures)) == (1, 2)
+  assert sorted(tried) == ["long.mp4", "short.mp4"]
+
+
+def test_the_same_failure_of_another_clip_is_noted_again(
+  tmp_path, pipeline, monkeypatch
+):
+  def broken(*arguments, **others):
+    raise errors.InputError("prompt: is unlucky.")
+
+  monkeypatch.setattr(pipeline, "sample", broken)
+  for steps in (25, 25, 30):
+    sample.run(
+      jobs.config(
+        tmp_path, prompt="a", seed=1, num_steps=steps, videos_per_prompt=2
+      )
+    )
+  lines = (tmp_path / "out/clips.jsonl").read_text().splitlines()
+  failed = [json.loads(line) for line in lines]
+  assert [one["num_steps"] for one in failed] == [25, 25, 30, 30]
+
+
 def test_a_signal_stops_between_two_steps(tmp_path, pipeline, monkeypatch):
   job = jobs.many(tmp_path, 3)
   sampled = pipeline.sample

@@ -84,6 +84,16 @@ def test_evaluations(tmp_path):
   assert table.count("\n| psnr") == 1
 
 
+def test_metrics_that_are_measured_differently_have_no_mean(tmp_path):
+  for number, name in enumerate(("lpips-alex-n16", "lpips-vgg-n64")):
+    metrics = {"lpips": {"value": 0.1 + number, "n": 16, "name": name}}
+    text = json.dumps({"metrics": metrics})
+    (tmp_path / f"{number}.json").write_text(text)
+  paths = [str(tmp_path / f"{i}.json") for i in range(2)]
+  with pytest.raises(errors.InputError, match="lpips is lpips-vgg-n64, that"):
+    seedtable.make(paths)
+
+
 def test_an_evaluation_in_the_folder_of_a_run(tmp_path, seeds):
   metrics = {"fvd": {"value": 3.0, "low": 1.0, "n": 4}}
   text = json.dumps({"metrics": metrics})

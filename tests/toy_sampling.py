@@ -53,6 +53,8 @@ def line(
       "files": names,
       "sha256": {name: _hash(folder / name) for name in names},
       "frames_sha256": hashlib.sha256(made.tobytes()).hexdigest(),
+      "size": list(made.shape[1:3]),
+      "frames": len(made),
     }
   with open(folder / name, "a") as file:
     file.write(json.dumps(record) + "\n")

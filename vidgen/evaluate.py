@@ -383,7 +383,9 @@ def record(
   if path.is_dir():
     path = path / "evaluate.json"
     name = provenance.NAME
-    if (path.parent / name).exists() and not _is_own(path.parent / name):
+    held = path.parent / name
+    shards = any(path.parent.glob(provenance.SHARDS))
+    if shards or (held.exists() and not _is_own(held)):
       # It is a job's.
       name = "evaluate.manifest.json"
   with provenance.recording(

@@ -34,6 +34,9 @@ from vidgen.models import base
 
 INDEX = "executables.json"
 
+# What says who wrote a config; all else may be a constant of a program.
+_WRITERS = ("_class_name", "_diffusers_version", "_name_or_path")
+
 # What JAX says when it finds a program in its persistent cache.
 _HIT = "/jax/compilation_cache/cache_hits"
 
@@ -54,7 +57,7 @@ def identity(
     mesh: Axis to size.
   """
   configs = {
-    path: {k: v for k, v in config.items() if not k.startswith("_")}
+    path: {k: v for k, v in config.items() if k not in _WRITERS}
     for path, config in model.published_configs().items()
   }
   text = json.dumps([configs, jnp.dtype(model.dtype).name], sort_keys=True)
@@ -69,6 +72,7 @@ def identity(
     "device_kind": first.device_kind,
     "devices": len(devices),
     "mesh": {axis: size for axis, size in mesh.items() if size > 1},
+    "settings": {n: getattr(jax.config, n) for n in environment.SETTINGS},
   }
 
 

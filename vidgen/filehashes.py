@@ -128,7 +128,8 @@ class Hashes:
     for name in names:
       path = pathlib.Path(folder, name)
       if path.is_dir():
-        frames = sorted(p for p in path.glob("*.png") if p.stem.isdecimal())
+        frames = [p for p in path.glob("*.png") if p.stem.isdecimal()]
+        frames.sort(key=lambda p: (int(p.stem), p.name))
         text = "".join(map(self.file, frames))
         found[name] = hashlib.sha256(text.encode()).hexdigest()
       else:

@@ -28,7 +28,8 @@ class Likeness:
     why: In a line.
     lines: What is the same and what is not, for people.
     max_abs: The largest difference: of pixels in units of 0 to 255, of latents
-      as they are, of metrics relative to the larger one; None: not looked at.
+      so, too, their largest value being 255; of metrics relative to the larger
+      one; None: not looked at.
     psnr: The lowest of a clip, in dB; `pixels.MAX_PSNR` at most.
   """
 
@@ -142,7 +143,10 @@ def _less(both: list[int], unequal: list[int]) -> int:
 def _equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
   """Says whether two clips have the same frames, as far as hashes tell it."""
   if a["frames_sha256"] and b["frames_sha256"]:
-    return a["frames_sha256"] == b["frames_sha256"]
+    # The hash is of the bytes alone.
+    sizes = [one.get("shape") for one in (a, b)]
+    is_one_size = None in sizes or sizes[0] == sizes[1]
+    return is_one_size and a["frames_sha256"] == b["frames_sha256"]
   # Without frames there are files, whose names may differ.
   kind = lambda clip: {
     pathlib.Path(name).suffix: mark for name, mark in clip["sha256"].items()
@@ -179,11 +183,11 @@ def _difference(
   peak = 255.0 if x.dtype == np.uint8 else float(np.abs(x).max())
   mse = float(np.square(error).mean())
   psnr = pixels.MAX_PSNR
+  if not math.isfinite(mse):
+    return math.inf, -math.inf
   if mse > 0:
     psnr = min(psnr, 10 * math.log10(max(peak, 1e-30) ** 2 / mse))
-  worst = float(error.max())
-  # What is no number is as far off as can be.
-  return worst if math.isfinite(worst) else math.inf, psnr
+  return 255.0 * float(error.max()) / max(peak, 1e-30), psnr
 
 
 def _suffixes(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, str]]:
@@ -222,6 +226,11 @@ def _read(folder: pathlib.Path, name: str) -> np.ndarray:
 
 def _numbers(first, second, tolerance):
   """Compares states by their hash, and metrics by their numbers."""
+  if tolerance is not None and tolerance >= 1:
+    raise errors.InputError(
+      f"--tolerance={tolerance:g}: metrics are compared relative to the larger "
+      "one; give less than 1."
+    )
   marks = [side.get("state_sha256") for side in (first, second)]
   a, b = first["metrics"], second["metrics"]
   if None not in marks:
@@ -259,10 +268,13 @@ def _numbers(first, second, tolerance):
 def _relative(a: int | float | str, b: int | float | str) -> float:
   """Returns the difference of two numbers, relative to the larger one.
 
-  What is not finite is as far as can be from all but itself.
+  What is not finite is as far as can be from all but itself, and so are whole
+  numbers: they count steps and clips.
   """
   if a == b:
     return 0.0
+  if isinstance(a, int) and isinstance(b, int):
+    return math.inf
   if isinstance(a, str) or isinstance(b, str):
     return math.inf
   return abs(a - b) / max(abs(a), abs(b))

@@ -16,6 +16,7 @@ _BYTES = 64
 
 # What says who wrote a config, not what it is.
 _WRITERS = ("_diffusers_version", "_name_or_path", "transformers_version")
+_INDEX = "model_index.json"
 
 # Folders that decide what comes out, without weights.
 _BESIDE = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
@@ -45,6 +46,8 @@ def of(folder: pathlib.Path, components: Iterable[base.Component]) -> str:
       _add_tensors(digest, tensorfile.open_folder(home))
     if (home / "config.json").is_file():
       _add(digest, _config(home / "config.json"))
+  if own := _own_defaults(folder / _INDEX):
+    _add(digest, [_INDEX, own])
   for name in _BESIDE:
     for path in sorted((folder / name).glob("*")):
       if path.suffix == ".json":
@@ -63,6 +66,13 @@ def _config(path: pathlib.Path):
   """What a JSON file says, whoever wrote it."""
   value = tensorheader.read_json(path)
   return {k: v for k, v in value.items() if k not in _WRITERS}
+
+
+def _own_defaults(path: pathlib.Path):
+  """What a checkpoint says of its own sampling, as ours may; else nothing."""
+  index = _config(path) if path.is_file() else {}
+  is_own = lambda k: k.startswith("_") and k != "_class_name"
+  return {k: v for k, v in index.items() if is_own(k)}
 
 
 def _add_tensors(digest, files: tensorfile.TensorFiles) -> None:

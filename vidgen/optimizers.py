@@ -89,7 +89,8 @@ def schedule(stages: Sequence[tuple[int, Rate]]) -> optax.Schedule:
     parts.append(after)
     total += steps
     ends.append(total)
-    before = end
+    # A stage that is all warm-up ends at its peak.
+    before = rate.peak if rate.warmup_steps == steps else end
   return optax.join_schedules(parts, ends[:-1])
 
 

@@ -56,10 +56,17 @@ def of_clips(
         "index": record["index"],
         "name": name,
         "frames_sha256": record.get("frames_sha256"),
+        "shape": _shape(record),
         "sha256": record.get("sha256", {}),
       }
     )
   return _told(clips, failed)
+
+
+def _shape(record: Mapping[str, Any]) -> list[int] | None:
+  """The frames, height and width of a clip, where its ledger tells them."""
+  frames, size = record.get("frames"), record.get("size")
+  return [frames, *size] if frames and size else None
 
 
 def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -289,8 +289,7 @@ class Pipeline:
     arguments.check_text(self.model.takes_text, prompt)
     if self.model.takes_text:
       return arguments.prompts(prompt, negative_prompt)
-    if negative_prompt:
-      raise errors.InputError("negative_prompt: this checkpoint takes no text.")
+    arguments.check_negative_text(False, negative_prompt)
     return [""] * arguments.count_clips(image, self._images), []
 
   @contextlib.contextmanager

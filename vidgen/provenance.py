@@ -31,6 +31,8 @@ from vidgen import (
 )
 
 NAME = "manifest.json"
+# Those of the shards of a job.
+SHARDS = "manifest-*.json"
 FORMAT = 1
 
 # What every attempt has of its own.

@@ -28,7 +28,6 @@ CAUSES = (
 )
 OTHER = "other"
 
-_SHARDS = "manifest-*.json"
 
 # Fields of a config that only name weights and words, whose hashes tell more.
 _NAMES = (
@@ -182,7 +181,7 @@ def read(path: str | pathlib.Path) -> Side:
   place = pathlib.Path(path).expanduser()
   if not place.is_dir():
     return Side(str(path), place.parent, _manifest(place))
-  paths = sorted(place.glob(_SHARDS))
+  paths = sorted(place.glob(provenance.SHARDS))
   shards = [_manifest(shard) for shard in paths]
   if not shards and not (place / provenance.NAME).exists():
     raise errors.InputError(

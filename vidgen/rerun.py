@@ -138,7 +138,9 @@ def environ(
   manifest: Mapping[str, Any], here: Mapping[str, str]
 ) -> dict[str, str]:
   """Returns the environment of a run made again: its flags as they were."""
-  kept = {n: v for n, v in here.items() if n not in environment.VARIABLES}
+  settings = {name.upper() for name in environment.SETTINGS}
+  dropped = settings.union(environment.VARIABLES)
+  kept = {n: v for n, v in here.items() if n not in dropped}
   for name, value in manifest["flags"].items():
     if value is None:
       continue

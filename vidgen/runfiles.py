@@ -76,7 +76,7 @@ class Run:
 
   Attributes:
     facts: The manifest, or the config of a run without one, as flat fields.
-    curves: Of each metric of training its steps and values.
+    curves: Of each metric of training its steps and values; see `thin`.
     goodput: Where the time of training went, as `vidgen.goodput` keeps it.
     evaluations: The results of each file of `vidgen evaluate`, by metric.
     left: How many clips a sampling job has yet to make, where it is known.
@@ -87,7 +87,7 @@ class Run:
   folder: pathlib.Path
   clips: list[Clip]
   facts: dict[str, str]
-  curves: dict[str, Float[np.ndarray, "2 n"]]
+  curves: dict[str, Float[np.ndarray, "_k n"]]
   goodput: dict[str, Any]
   evaluations: dict[str, dict[str, Any]]
   left: int | None = None
@@ -127,19 +127,22 @@ def load(folder: pathlib.Path) -> Run:
   return run
 
 
-def thin(points: Float[np.ndarray, "2 n"]) -> Float[np.ndarray, "2 m"]:
+def thin(points: Float[np.ndarray, "2 n"]) -> Float[np.ndarray, "_k m"]:
   """Returns about `POINTS` points of a curve, with the extremes of each part.
 
-  So that a spike of one step is seen whatever the length of the run.
+  So that a spike of one step is seen whatever the length of the run. Of what
+  was left out a third row tells the mean of each point's part, which is what
+  can be smoothed: extremes lie to one side.
   """
   count = points.shape[1]
   if count <= POINTS:
     return points
-  keep = {0, count - 1}
+  keep, means = {0, count - 1}, np.empty(count)
   for part in np.array_split(np.arange(count), POINTS // 2):
     values = points[1, part]
     keep |= {part[np.argmin(values)], part[np.argmax(values)]}
-  return points[:, sorted(keep)]
+    means[part] = values.mean()
+  return np.vstack([points, means])[:, sorted(keep)]
 
 
 def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
@@ -265,7 +268,8 @@ def _measure(clips: list[Clip], evaluation: dict[str, Any]) -> None:
   for metric, result in evaluation.items():
     values = _numbers(result.get("clips") if isinstance(result, dict) else None)
     for clip in clips if values else ():
-      if clip.name in values:
+      # Samples of training are measured as they are made.
+      if clip.step is None and clip.name in values:
         clip.metrics[metric] = values[clip.name]
 
 
@@ -374,7 +378,7 @@ def _fields(value: Any, name: str) -> Iterator[tuple[str, str]]:
   yield name, text
 
 
-def _curves(path: pathlib.Path) -> dict[str, Float[np.ndarray, "2 n"]]:
+def _curves(path: pathlib.Path) -> dict[str, Float[np.ndarray, "_k n"]]:
   """Returns each metric's steps and values; those that are no number left out.
 
   A step that is there twice counts as it is there last.

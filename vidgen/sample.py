@@ -216,7 +216,10 @@ class _Job:
   def _made(self, batch: list[clips.Clip]) -> list[tuple[clips.Clip, Any, Any]]:
     """Makes a batch; where one of its clips cannot be made, the others."""
     told = _Stopping(self.progress, self.stop, self.folder.path)
-    shape = tuple(getattr(batch[0], name) for name in clips.SHARED)
+    first = batch[0]
+    shape = tuple(getattr(first, name) for name in clips.SHARED)
+    # A video has a length of its own.
+    shape += (first.video, first.image is None)
     if shape in self.too_large:
       return self._all_fail(batch, _TOO_LARGE)
     try:

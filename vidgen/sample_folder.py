@@ -70,19 +70,19 @@ class Folder:
     self._checkpoint: pathlib.Path | None = None
     self._wanted: list[clips.Clip] = []
     held = [] if lines is None else ledger.read(self.path)
-    self._known = {(r["index"], r.get("error")) for r in held}
+    self._known = {(r["index"], r.get("name"), r.get("error")) for r in held}
 
   def fail(
     self, failure: sample_plan.Failure, clip: clips.Clip | None = None
   ) -> None:
     """Notes what could not be made; once, however often a job is started."""
     self.failures.append(failure)
-    known = (failure.index, failure.error) in self._known
-    if self._lines is None or known:
-      return
     record = {"index": failure.index, "name": None, "where": failure.where}
     if clip is not None:
       record = clips.about(clip, self.names.get(clip.index))
+    known = (failure.index, record["name"], failure.error) in self._known
+    if self._lines is None or known:
+      return
     record |= {"status": ledger.FAILED, "error": failure.error}
     self._lines.append(record)
 

@@ -83,6 +83,7 @@ def check_clip(
 ) -> base.Plan | None:
   """Asks the model how it will make a clip; None where that is not known."""
   arguments.check_text(model.takes_text, clip.prompt)
+  arguments.check_negative_text(model.takes_text, clip.negative_prompt)
   if clip.video is not None:
     return None  # Its length is not known until all of it is read.
   planned = model.plan(

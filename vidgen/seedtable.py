@@ -84,10 +84,17 @@ def make(paths: Sequence[str]) -> str:
     CorruptError: A file is not as it was written.
   """
   measured, manifests = [], []
+  identities: dict[str, str] = {}
   for path in paths:
-    metrics, manifest = _read(path)
+    metrics, names, manifest = _read(path)
     if not metrics:
       raise errors.InputError(f"{path}: has no metrics.")
+    for metric, name in names.items():
+      if identities.setdefault(metric, name) != name:
+        raise errors.InputError(
+          f"{path}: {metric} is {name}, that of others {identities[metric]}: "
+          "they have no common mean; measure all alike."
+        )
     measured.append(metrics)
     manifests.append(manifest)
   count, made = len(paths), rows(measured)
@@ -102,7 +109,9 @@ def make(paths: Sequence[str]) -> str:
       f"{row.most:.6g} |"
     )
   known = [manifest for manifest in manifests if manifest is not None]
-  seeds = [str(m["seeds"].get("seed", "-")) for m in known]
+  # The seed of an evaluation is its bootstrap's.
+  runs = [m for m in known if m["command"] != "evaluate"]
+  seeds = [str(m["seeds"].get("seed", "-")) for m in runs]
   about = f"n = {count} runs; intervals of the mean by Student's t."
   if seeds:
     about += f" Seeds: {', '.join(seeds)}."
@@ -122,22 +131,25 @@ def write(path: str | pathlib.Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
 
 
-def _read(path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-  """Returns the metrics of a run, and its manifest where it has one."""
+def _read(
+  path: str,
+) -> tuple[dict[str, Any], dict[str, str], dict[str, Any] | None]:
+  """Returns a run's metrics, their identities, and its manifest, if any."""
   place = pathlib.Path(path).expanduser()
   if not place.is_dir():
     held = outputs.read_json(place)
     if "format" not in held and isinstance(held.get("metrics"), dict):
-      return _values(held["metrics"]), None
+      return _values(held["metrics"]), _identities(held["metrics"]), None
   side = repro.read(place)
-  values, measured = {}, place / "evaluate.json"
+  values, names, measured = {}, {}, place / "evaluate.json"
   if measured.exists():
-    values = _values(outputs.read_json(measured).get("metrics"))
+    found = outputs.read_json(measured).get("metrics")
+    values, names = _values(found), _identities(found)
   # Training has metrics of its own; of clips there are no others.
   if values and side.manifest["command"] != "train":
-    return values, side.manifest
+    return values, names, side.manifest
   made = likeness.outputs_of(side.manifest, side.folder, side.name)
-  return dict(made.get("metrics", {})) | values, side.manifest
+  return dict(made.get("metrics", {})) | values, names, side.manifest
 
 
 def _values(metrics: Any) -> dict[str, Any]:
@@ -150,6 +162,13 @@ def _values(metrics: Any) -> dict[str, Any]:
       for name, item in metrics.items()
     }
   )
+
+
+def _identities(metrics: Any) -> dict[str, str]:
+  """Returns the identity of each metric of an evaluation that has one."""
+  items = metrics.items() if isinstance(metrics, dict) else ()
+  names = {n: i.get("name") for n, i in items if isinstance(i, dict)}
+  return {n: name for n, name in names.items() if isinstance(name, str)}
 
 
 def _unshared(manifests: list[dict[str, Any]]) -> list[str]:

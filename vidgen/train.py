@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from vidgen import (
+  errors,
   layouts,
   meters,
   outputs,
@@ -109,10 +110,17 @@ def run(
     with meter.timing("load"):
       state = trainer.start(folder)
       frozen = task.frozen(mesh)
-    meter.resume(int(state.step))
+    begun = int(state.step)
+    if begun > total:
+      raise errors.InputError(
+        f"config: {total} steps, where {workdir} has made {begun} already; "
+        "set more, or another --workdir."
+      )
+    meter.resume(begun)
     state = loop(trainer, state, frozen, folder, meter, stop, total)
     with meter.timing("checkpoint"):
-      folder.save(int(state.step), state)
+      if begun < total:  # Else it is what was read.
+        folder.save(int(state.step), state)
       folder.wait()
     with meter.timing("manifest"):
       digest = outputs.state_digest(state)

@@ -94,6 +94,17 @@ def test_a_folder_of_anything(tmp_path):
   assert one.name == "c"
 
 
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+  pixels = frames()
+  many = np.concatenate([pixels, 255 - pixels])[:12]
+  video.write_png_frames(tmp_path / "padded", many)
+  (tmp_path / "plain").mkdir()
+  for i, path in enumerate(sorted((tmp_path / "padded").glob("*.png"))):
+    path.rename(tmp_path / "plain" / f"{i}.png")
+  (item,) = sets.find(tmp_path / "plain")
+  np.testing.assert_array_equal(sets.read_video(item).frames, many)
+
+
 def test_a_video_cut_short_is_refused(tmp_path):
   path = tmp_path / "a.mp4"
   video.write_mp4(path, frames(count=20), 8)

@@ -1,5 +1,6 @@
 """What can be asked of SVD, what it is told, and the job that samples it."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -13,7 +14,17 @@ import torch
 
 import vidgen
 from tests import tiny_svd
-from vidgen import arguments, checkpoint, errors, layouts, loading, video
+from vidgen import (
+  arguments,
+  checkpoint,
+  clips,
+  errors,
+  layouts,
+  loading,
+  sample,
+  sample_model,
+  video,
+)
 from vidgen.cli import main
 from vidgen.models import base, svd
 from vidgen.models.svd import flops, numbers, unet
@@ -337,3 +348,27 @@ def test_operations_that_are_left_out():
   n = np.array([64, 32, 16, 8]) ** 2
   layers = np.array([5, 5, 5, 1])
   assert scores == 2 * (layers * n * (n + 1) * 2 * c).sum()
+
+
+def test_a_rate_of_its_own_is_published(tmp_path):
+  configs = svd.published_configs(svd.config_small(3))
+  for name, content in configs.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(json.dumps(content))
+  assert svd.config_small(3).fps == 4 == svd.read_config(tmp_path).fps
+  assert (
+    "_fps" not in svd.published_configs(svd.config_svd())["model_index.json"]
+  )
+  index = tmp_path / "model_index.json"
+  index.write_text(json.dumps(configs[index.name] | {"_fps": "fast"}))
+  with pytest.raises(errors.InputError, match="_fps is 'fast'"):
+    svd.read_config(tmp_path)
+
+
+def test_a_negative_prompt_is_refused_before_loading(folder):
+  model = base.find_family(folder).open_model(folder, "float32")
+  values = dict.fromkeys(field.name for field in dataclasses.fields(clips.Clip))
+  values |= {"where": "", "index": 0, "clip": 0, "seed": 0, "strength": 0.8}
+  clip = clips.Clip(**values | {"negative_prompt": "ugly", "image": "a.png"})
+  with pytest.raises(errors.InputError, match="negative_prompt: this checkpoi"):
+    sample_model.check_clip(model, clip, sample.SampleConfig())

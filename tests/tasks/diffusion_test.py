@@ -2,12 +2,13 @@
 
 import pathlib
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from tests import tiny_training
-from vidgen import adapters, sharding, tensorfile
+from vidgen import adapters, errors, sharding, tensorfile
 from vidgen.data import buckets
 
 
@@ -60,3 +61,29 @@ def test_a_lora_saves_the_gradients_of_weights(checkpoint):
   assert 0 < weights < forward
   assert full.build(mesh).flops(bucket) == 3 * forward
   assert lora.build(mesh).flops(bucket) == 3 * forward - weights
+
+
+def test_the_autoencoder_computes_in_its_own_dtype(checkpoint):
+  """Without a cache as with one, to the bit of what a cache would hold."""
+  config = tiny_training.config(
+    "data", checkpoint, noised={"sample_posterior": False}
+  ).task
+  config = tiny_training.replace(config, dtype="bfloat16", vae_dtype="float32")
+  mesh = sharding.make_mesh(None)
+  task = config.build(mesh)
+  frozen = task.frozen(mesh)
+  video = np.random.default_rng(0).integers(0, 256, (1, 9, 32, 32, 3), np.uint8)
+  video = jnp.asarray(video)
+  mean, _ = task.posterior(frozen, video)
+  x0 = task._loss._latents(frozen, {"video": video}, None)
+  np.testing.assert_array_equal(x0, task.model.pad_latents(mean))
+  rough = tiny_training.replace(config, vae_dtype=None).build(mesh)
+  other = rough._loss._latents(rough.frozen(mesh), {"video": video}, None)
+  assert np.abs(other - x0).max() > 1e-3
+
+
+def test_the_autoencoder_is_not_trained_along(checkpoint):
+  config = tiny_training.config("data", checkpoint).task
+  config = tiny_training.replace(config, train_along=("vae",))
+  with pytest.raises(errors.InputError, match="gives vae no gradient"):
+    config.build(sharding.make_mesh(None))

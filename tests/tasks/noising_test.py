@@ -137,6 +137,15 @@ def test_ranks_draw_in_their_intervals():
   assert len(inside) == 5, "uniform within the interval, not at one place"
 
 
+@pytest.mark.parametrize(("b", "intervals"), [(4, 8), (6, 4), (20, 8)])
+def test_intervals_that_do_not_divide_a_batch_are_as_likely(b, intervals):
+  config = noising.NoisingConfig(timestep_intervals=intervals)
+  seen = np.concatenate([draw(config, b, seed) for seed in range(400)])
+  counts = np.bincount(seen * intervals // 1000, minlength=intervals)
+  want = 400 * b / intervals
+  assert np.abs(counts - want).max() < 4 * want**0.5
+
+
 def test_density_in_pieces():
   pieces = ((0, 600, 0.15), (600, 1000, 0.85))
   config = noising.NoisingConfig(timesteps=pieces)

@@ -9,7 +9,8 @@ usage: vidgen repro check A B [flags]
                       of vidgen evaluate, too, and finds evaluate.json in a RUN
   --out=DIR           a new folder for the run made again; the table's file
   --tolerance=X       calls runs equal to rounding that differ by X at most: in
-                      a pixel, of 0 to 255, or in a metric, relative to it
+                      a pixel, of 0 to 255 (of latents alone, their largest
+                      value is 255), or in a metric, relative to it
   --json=FILE         writes what was found there too
 
 check tells field by field what differs: what decides numbers, what should not,

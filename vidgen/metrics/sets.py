@@ -201,8 +201,9 @@ def _of_folder(folder: pathlib.Path) -> list[Item]:
 
 
 def _frames_in(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the numbered frames of a folder, in order."""
-  return sorted(p for p in folder.glob("*.png") if p.stem.isdecimal())
+  """Returns the numbered frames of a folder, in the order of the numbers."""
+  found = (p for p in folder.glob("*.png") if p.stem.isdecimal())
+  return sorted(found, key=lambda p: (int(p.stem), p.name))
 
 
 def _read_frames(folder: pathlib.Path, limit: int | None) -> Video:

@@ -100,6 +100,11 @@ class DiffusionTaskConfig:
         f"config: train_along: no component {', '.join(sorted(unknown))}; the "
         f"model has {', '.join(opened.components)}."
       )
+    if VAE in self.train_along:
+      raise errors.InputError(
+        "config: train_along: the loss gives vae no gradient; train it by an "
+        "autoencoder's run."
+      )
     has_text = TEXT_ENCODER in opened.components
     words = opened.tokenizer_folder() if has_text else None
     if self.unroll < 1:
@@ -148,8 +153,13 @@ class DiffusionTask:
     empty = {}
     if model.takes_text:
       empty = noising.tokens(model, [""], self._plan)
+    is_own = self._dtype(VAE) != jnp.dtype(config.dtype)
     self._loss = noising.Noising(
-      model, config.noising, self._takes_image, empty
+      model,
+      config.noising,
+      self._takes_image,
+      empty,
+      self.posterior if is_own else None,
     )
     # Hashing weights takes seconds; every stage's task shares the answer.
     self._encoders = functools.cache(self._hash_encoders)

@@ -9,7 +9,7 @@ sigma² = 1 that is the released code's weighted error of x0.
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -125,9 +125,17 @@ def _stratified(
   count: Int[Array, " b"],
   intervals: int,
 ) -> Float[Array, " b"]:
-  """Draws a number in [0, 1] for each sample, each within its own interval."""
+  """Draws a number in [0, 1] for each sample, each within its own interval.
+
+  Where intervals do not divide the batch, which one is drawn, too: all are as
+  likely, whatever the size of the batch.
+  """
+  own = index
+  if intervals:
+    among = jax.vmap(lambda k: jax.random.randint(k, (), 0, intervals))
+    again = jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys)
+    own = (index * intervals + among(again)) // count
   intervals = intervals or count
-  own = (index * intervals) // count
   u = jax.vmap(jax.random.uniform)(keys)
   return (own.astype(jnp.float32) + u) / jnp.asarray(intervals, jnp.float32)
 
@@ -251,12 +259,15 @@ class Noising:
     takes_image: Whether frames of the clip are a condition.
     empty: What the conditioners read of the empty prompt, b = 1; nothing where
       the model takes no text.
+    posterior: The mean and the deviation of videos' scaled latents, of an
+      autoencoder that computes in another dtype than the model; else None.
   """
 
   model: base.Model
   config: NoisingConfig
   takes_image: bool
   empty: dict[str, np.ndarray]
+  posterior: Callable[..., tuple[Array, Array]] | None = None
 
   def __call__(
     self,
@@ -299,10 +310,14 @@ class Noising:
 
   def _latents(self, params, batch, keys):
     """Scaled latents, padded as the model wants them; without a gradient."""
+    found = None
     if "latents" in batch:
-      x0 = batch["latents"].astype(jnp.float32)
+      found = batch["latents"], batch["latents_std"]
+    elif self.posterior is not None:
+      found = self.posterior(params, batch["video"])
+    if found is not None:
+      x0, std = (x.astype(jnp.float32) for x in found)
       if self.config.sample_posterior:
-        std = batch["latents_std"].astype(jnp.float32)
         x0 = x0 + std * samplers.normal(keys, x0.shape[1:])
     else:
       keys = keys if self.config.sample_posterior else None

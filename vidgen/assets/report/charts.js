@@ -65,8 +65,9 @@ class Chart {
     Object.assign(this, { name, settings });
     this.id = `inside-${Chart.made++}`;
     this.lines = data.runs.flatMap((run, i) =>
-      run.curves[name] ? [{ i, x: run.curves[name][0], y: run.curves[name][1] }]
-        : []);
+      run.curves[name] ? [{ i, x: run.curves[name][0], y: run.curves[name][1],
+        // Of a long run the means of parts: extremes alone are not its mean.
+        mean: run.curves[name][2] ?? run.curves[name][1] }] : []);
     this.told = el("span", { class: "quiet" });
     this.svg = svg("svg", { role: "img", "aria-label": `Curve of ${name}` });
     this.node = el("figure", { class: "chart" },
@@ -82,7 +83,7 @@ class Chart {
     if (!width) return;
     const { smoothing, log } = this.settings;
     const drawn = this.lines.map((line) => {
-      const values = smoothing ? smooth(line.y, smoothing) : line.y;
+      const values = smoothing ? smooth(line.mean, smoothing) : line.y;
       return { ...line, values };
     });
     const every = drawn.flatMap((line) => line.y);

@@ -145,6 +145,7 @@ def read_config(folder: pathlib.Path) -> Config:
   index = folder / "model_index.json"
   if index.is_file():
     config.conditioning = _conditioning(index)
+    config.fps = _fps(index)
   if not (image.is_file() or text.is_file()):
     raise errors.InputError(
       f"{image}: missing; the checkpoint needs its image_encoder/ folder."
@@ -172,6 +173,14 @@ def _conditioning(path: pathlib.Path) -> Conditioning:
   return config
 
 
+def _fps(path: pathlib.Path) -> int:
+  """The rate where nobody says; no word of it is that of the published."""
+  fps = tensorheader.read_json(path).get(_FPS, Config.fps)
+  if type(fps) is not int or fps < 1:
+    raise errors.InputError(f"{path}: {_FPS} is {fps!r}, not a whole rate.")
+  return fps
+
+
 def _read(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     raise errors.InputError(
@@ -182,7 +191,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 # Where model_index.json says what models are told that are not published ones;
 # diffusers passes over names that begin so.
-_CONDITIONING = "_conditioning"
+_CONDITIONING, _FPS = "_conditioning", "_fps"
 # The first diffusers that reads this family.
 _VERSION = {"_diffusers_version": "0.24.0"}
 _SCHEDULER = {
@@ -273,6 +282,8 @@ def published_configs(config: Config) -> dict[str, dict[str, Any]]:
   elif config.conditioning != Conditioning():
     told = _lists(dataclasses.asdict(config.conditioning))
     files["model_index.json"][_CONDITIONING] = told
+  if config.fps != Config.fps:
+    files["model_index.json"][_FPS] = config.fps
   return files
 
 
