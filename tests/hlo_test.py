@@ -221,3 +221,23 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 def test_what_runs_beside_a_loop_counts_where_it_starts():
   (one,) = hlo.collectives(BESIDE)
   assert (one.count, one.result_bytes) == (24, 32)
+
+
+# A TPU's reduce-scatter of two arrays.
+SCATTER = """HloModule jit_f, num_partitions=4
+
+%all-reduce-scatter.4 (a: f32[192,32], b: f32[192,32]) -> (f32[192,8], f32[192,8]) {
+  %all-reduce.2 = (f32[192,32]{0,1}, f32[192,32]{0,1}) all-reduce(%a, %b), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+ENTRY %main (a: f32[192,32], b: f32[192,32]) -> f32[192,8] {
+  %f = (f32[192,8]{0,1}, f32[192,8]{0,1}) fusion(%a, %b), kind=kCustom, calls=%all-reduce-scatter.4
+}
+"""
+
+
+def test_a_tpus_reduce_scatter():
+  (one,) = hlo.collectives(SCATTER)
+  size = 2 * 192 * 8 * 4
+  assert (one.kind, one.result_bytes) == ("reduce-scatter", size)
+  assert one.wire_bytes == 3 * size

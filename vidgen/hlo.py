@@ -29,6 +29,7 @@ _CALLS = re.compile(
 )
 _MANY = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_SCATTERS = "all-reduce-scatter"  # How a TPU's fused ones are called.
 _BESIDE = 'chain_id="'
 _STARTS = 'custom_call_target="AsyncCollectiveStart"'
 _CONSTANT = re.compile(r"s(?:32|64)\[\]\S* constant\((\d+)\)")
@@ -96,6 +97,9 @@ def collectives(text: str) -> list[Collective]:
       if group < 2:
         continue
       size = _size(shape, kind, bool(is_start))
+      if name.startswith(_SCATTERS):
+        # Printed as what it would be without its own cut after it.
+        kind, size = "reduce-scatter", size // group
       found.append(Collective(kind, counts[name], size, group, where))
   return found
 
