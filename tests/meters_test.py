@@ -63,6 +63,27 @@ def test_a_step_is_told_of_when_the_next_is_taken(tmp_path):
   assert re.fullmatch(pattern, lines[-1]), lines[-1]
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "sample"])
+def test_waiting_for_the_last_step_is_part_of_the_steps(tmp_path, name):
+  class Slow:
+    def __array__(self, *args, **kwargs):
+      time.sleep(0.02)
+      return np.asarray(1.0)
+
+  told = []
+  with meters.Meters(tmp_path, 10, stream=io.StringIO()) as meter:
+    meter.resume(0)
+    for step in range(1, 11):
+      scalars = {"loss": Slow(), "grad_norm": jnp.float32(step)}
+      told.append(meter.step(step, scalars, videos=2, flops=1e9))
+      with meter.timing(name):
+        pass
+  # Divergence is noticed though each step is caught up with.
+  assert [one and one["grad_norm"] for one in told] == [None, *range(1, 10)]
+  seconds = json.loads((tmp_path / "goodput.json").read_text())["seconds"]
+  assert seconds["step"] >= 0.2 > 0.1 > seconds[name]
+
+
 def test_the_fetch_of_a_step_waits_for_no_later_one(tmp_path):
   # The second step's value would never come.
   class Never:
@@ -97,7 +118,8 @@ def test_a_checkpoint_finds_its_record_written(tmp_path):
     with meter.timing("checkpoint"):
       assert [record["step"] for record in records(tmp_path)] == [1]
     assert (tmp_path / "goodput.json").exists()
-    assert meter.step(2, {"loss": jnp.float32(1)}) is None
+    # It is told of once, by the next step.
+    assert meter.step(2, {"loss": jnp.float32(2)}) == {"loss": 1.0}
 
 
 def test_the_last_step_is_told_of_when_a_run_is_stopped(tmp_path):

@@ -75,6 +75,7 @@ class Meters:
     self._marks = collections.deque(maxlen=max(_WINDOW, log_every) + 1)
     self._pending: tuple[int, Mapping[str, Any], int, int | float | None] | None
     self._pending = None
+    self._caught: dict[str, float] | None = None
     self._done = 0
     self._board: board.Board | None = None
     self._show: _Show | None = None
@@ -107,11 +108,13 @@ class Meters:
     """Counts the seconds within: "load", "step", "checkpoint", "sample", ...
 
     Before a "checkpoint" the last step's record is written, so that a run that
-    goes on from there has it; after it, where the time went so far.
+    goes on from there has it; after it, where the time went so far. What waits
+    for the devices' last step, as a "sample" does, too, counts as "step".
     """
-    with self._clock.timing(name):
-      if name == "checkpoint":
+    if name in ("checkpoint", "sample"):
+      with self._clock.timing("step"):
         self._catch_up()
+    with self._clock.timing(name):
       yield
     if name == "checkpoint" and self._writes:
       self._ledger.write(self._done)
@@ -149,7 +152,7 @@ class Meters:
     videos: int = 0,
     flops: int | float | None = None,
   ) -> dict[str, float] | None:
-    """Takes the scalars of a step, and returns those of the step before.
+    """Takes the scalars of a step, and returns those of the step before, once.
 
     Args:
       done: The steps that are done, this one included.
@@ -166,7 +169,8 @@ class Meters:
         if isinstance(value, jax.Array):
           value.copy_to_host_async()
       pending, self._pending = self._pending, (done, scalars, videos, flops)
-      return None if pending is None else self._tell(*pending)
+      caught, self._caught = self._caught, None
+      return caught if pending is None else self._tell(*pending)
 
   def video(
     self,
@@ -189,7 +193,7 @@ class Meters:
     """Tells of the last step, without one after it."""
     pending, self._pending = self._pending, None
     if pending is not None:
-      self._tell(*pending)
+      self._caught = self._tell(*pending)
 
   def _tell(
     self,
