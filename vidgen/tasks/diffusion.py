@@ -63,7 +63,7 @@ class DiffusionTaskConfig:
     lora: Trains low-rank updates of the denoiser alone; None trains all of it.
     dtype: What the networks compute in; weights in training are float32.
     vae_dtype: What the autoencoder encodes clips in, here and in a cache of
-      latents; None is `dtype`, in which given images are encoded whatever it is.
+      latents; None is `dtype`, in which given images are encoded anyhow.
     remat: What of a block's activations is computed again in the backward
       pass, by name: "none", "full" or "dots".
     unroll: How many blocks one round of the loop over them runs: more compile
