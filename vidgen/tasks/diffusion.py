@@ -100,10 +100,10 @@ class DiffusionTaskConfig:
         f"config: train_along: no component {', '.join(sorted(unknown))}; the "
         f"model has {', '.join(opened.components)}."
       )
-    if VAE in self.train_along:
+    if VAE in self.train_along and not opened.is_scratch(VAE):
       raise errors.InputError(
-        "config: train_along: the loss gives vae no gradient; train it by an "
-        "autoencoder's run."
+        "config: train_along: the loss gives vae no gradient, and weight decay "
+        "would wear it down; train it by an autoencoder's run."
       )
     has_text = TEXT_ENCODER in opened.components
     words = opened.tokenizer_folder() if has_text else None
