@@ -80,7 +80,7 @@ def times(page):
 
 def until(page, condition):
   """Waits; playwright's own way evaluates text, which the policy forbids."""
-  end = time.perf_counter() + 10
+  end = time.perf_counter() + 30
   while not page.evaluate(condition):
     assert time.perf_counter() < end, condition
     page.wait_for_timeout(10)
