@@ -105,10 +105,11 @@ def line(name: str, report: dict) -> str:
     return f"| {name} | {report['error']} | | | | |"
   gib = report["hbm_bytes"] / 2**30, report["hbm_limit_bytes"] / 2**30
   bound = max(report["bound_seconds"].values())
+  told = f"{bound:.1f}" if bound else "-"
   mesh = ", ".join(f"{k} {n}" for k, n in report["mesh"].items())
   return (
     f"| {name} | {mesh} | {'yes' if report['fits'] else 'no'} | "
-    f"{gib[0]:.1f} of {gib[1]:.1f} | {bound:.1f} | "
+    f"{gib[0]:.1f} of {gib[1]:.1f} | {told} | "
     f"{report['compile_seconds']:.0f} |"
   )
 
