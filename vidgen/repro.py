@@ -28,7 +28,6 @@ CAUSES = (
 )
 OTHER = "other"
 
-
 # Fields of a config that only name weights and words, whose hashes tell more.
 _NAMES = (
   "checkpoint",
