@@ -56,7 +56,14 @@ def test_fsdp_takes_tokens_that_no_batch_needs():
 
 @pytest.mark.parametrize(
   "batch, size, want",
-  [(1, (60, 90), (4, 2)), (2, (60, 90), (2, 2)), (1, (96, 170), (4, 2))],
+  [
+    (1, (60, 90), (4, 2)),
+    (2, (60, 90), (2, 2)),
+    (1, (96, 170), (4, 2)),
+    # Smaller than a window: whole.
+    (1, (2, 4), (1, 4)),
+    (1, (2, 2), (1, 1)),
+  ],
 )
 def test_frames_are_split_in_a_grid(batch, size, want):
   with sharding.use(sharding.make_mesh({"cfg": 2, "context": 4})):

@@ -131,6 +131,12 @@ class Grid(NamedTuple):
     return tuple(tuple(f"{name}_{i}" for name in self.parts) for i in (0, 1))
 
 
+# What is smaller than a convolution's window is not split. XLA's partitioner
+# takes such a convolution for the gradient of one, and where the batch is split
+# as well, it adds the same part up as often as there are parts of the batch.
+_WINDOW = 3
+
+
 def grid(
   mesh: Mesh | AbstractMesh, taken: Sequence[str], height: int, width: int
 ) -> Grid:
@@ -141,8 +147,8 @@ def grid(
   Args:
     mesh: The mesh.
     taken: Axes that are not to be used.
-    height: What the rows must divide.
-    width: What the columns must divide.
+    height: What the rows must divide; below a window it stays whole.
+    width: What the columns must divide, likewise.
   """
   free = [n for n in mesh.axis_names if n not in taken and mesh.shape[n] > 1]
 
@@ -150,6 +156,8 @@ def grid(
     rows = math.prod(r for r, _ in choice)
     columns = math.prod(c for _, c in choice)
     if height % rows or width % columns:
+      return (0, 0, 0)
+    if (rows > 1 and height < _WINDOW) or (columns > 1 and width < _WINDOW):
       return (0, 0, 0)
     edge = (rows > 1) * width / columns + (columns > 1) * height / rows
     return (-rows * columns, edge, sum(r > 1 < c for r, c in choice))

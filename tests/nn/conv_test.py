@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 
+from vidgen import sharding
 from vidgen.nn import conv
 
 
@@ -106,3 +108,27 @@ def test_downsample_pads_right_and_bottom():
     padded, kernel, (2, 2), "VALID", dimension_numbers=axes
   )
   np.testing.assert_allclose(got[0], want + bias, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 2), (2, 6)])
+def test_frames_as_small_as_the_window_are_right_on_a_mesh(size):
+  """The batch is split, and of the frames what may be; gradients, too."""
+  x = _normal(4, 2, *size, 3)
+  net = conv.CausalConv3D(5)
+  params = nn.unbox(net.init(jax.random.key(0), x))
+
+  def run(params, x):
+    with sharding.frames(4, *size):
+      return jnp.sum(jnp.sin(sharding.settle(net.apply(params, x))))
+
+  run = jax.value_and_grad(run, argnums=(0, 1))
+  want = jax.jit(run)(params, x)
+  mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2})
+  with sharding.use(mesh):
+    placed = jax.device_put(x, sharding.training_batch(mesh, 4))
+    got = jax.jit(run)(params, placed)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    got,
+    want,
+  )
