@@ -45,10 +45,10 @@ class Toy:
   def with_options(self, options):
     return self
 
-  def frozen(self, mesh):
+  def frozen(self, mesh, *, cached=False, sampled=True):
     return {}
 
-  def frozen_shapes(self, mesh):
+  def frozen_shapes(self, mesh, *, cached=False, sampled=True):
     return {}
 
   def host_batch(self, batch):

@@ -208,7 +208,7 @@ class TrainJob:
     mesh, self.why_mesh = train.choose_mesh(config, devices, device_bytes)
     task = config.task.build(mesh)
     trainer = train.Trainer(config, task, mesh)
-    frozen = task.frozen_shapes(mesh)
+    frozen = task.frozen_shapes(mesh, **train.reading(config))
     state = sharding.placed(trainer.shapes, trainer.places)
     programs, seen = [], set()
     for stage in config.stages:
@@ -274,7 +274,7 @@ def _lower_step(trainer, stage, bucket, state, frozen):
   if stage.data.cache is None:
     arrays = task.host_batch(loader.blank(bucket))
   else:
-    arrays = task.cached_arrays(bucket, frozen)
+    arrays = task.cached_arrays(bucket, task.frozen_shapes(trainer.mesh))
   arrays |= {"index": number, "count": number}
   whole = lambda x: jax.ShapeDtypeStruct(
     (n, *x.shape[1:]), x.dtype, sharding=place

@@ -29,7 +29,7 @@ from vidgen import (
   sharding,
 )
 from vidgen.data import cache, loader
-from vidgen.train_config import Stage, TrainConfig, check
+from vidgen.train_config import Stage, TrainConfig, check, reading
 from vidgen.trainer import Trainer, loop, trained
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
   "check",
   "choose_mesh",
   "open_folder",
+  "reading",
   "run",
 ]
 
@@ -109,7 +110,7 @@ def run(
     _record_sources(record, trainer)
     with meter.timing("load"):
       state = trainer.start(folder)
-      frozen = task.frozen(mesh)
+      frozen = task.frozen(mesh, **reading(config))
     begun = int(state.step)
     if begun > total:
       raise errors.InputError(

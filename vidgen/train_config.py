@@ -99,3 +99,12 @@ def check(config: TrainConfig) -> int:
           f"{config.accumulate} equal parts (accumulate)."
         )
   return total
+
+
+def reading(config: TrainConfig) -> dict[str, bool]:
+  """Returns what of a run decides which frozen networks it reads.
+
+  They are the keywords of a task's `frozen`.
+  """
+  cached = all(stage.data.cache is not None for stage in config.stages)
+  return {"cached": cached, "sampled": config.sample_every > 0}

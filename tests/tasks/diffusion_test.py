@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from tests import tiny_training
 from vidgen import adapters, errors, sharding, tensorfile
 from vidgen.data import buckets
+from vidgen.tasks import diffusion
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,46 @@ def test_the_autoencoder_is_published_as_exact_as_it_encoded(
   for name in ("transformer", "text_encoder"):
     kinds = {x.dtype for x in tensors(tmp_path / "out", name).values()}
     assert kinds == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def names(shapes):
+  return jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_run_from_caches_keeps_no_encoder_that_it_does_not_read(
+  checkpoint, sampled, tmp_path
+):
+  """And publishes it, to the bit, as if it had."""
+  config = tiny_training.config("data", checkpoint).task
+  if sampled:
+    settings = diffusion.SampleSettings(prompts=("a",))
+    config = tiny_training.replace(config, samples=settings)
+  mesh = sharding.make_mesh(None)
+  task = config.build(mesh)
+  every, cached = task.frozen(mesh), task.frozen(mesh, cached=True)
+  want = {*every} if sampled else {"empty_text"}
+  assert {*cached} == want < {*every, "more"}
+  shapes = task.frozen_shapes(mesh, cached=True)
+  assert names(shapes) == names(cached)
+  np.testing.assert_array_equal(cached["empty_text"], every["empty_text"])
+  # Prompts make no samples where a run is asked for none.
+  assert {*task.frozen(mesh, cached=True, sampled=False)} == {"empty_text"}
+  denoiser = {part.name: part for part in task.model.components}["transformer"]
+  places = sharding.shardings(denoiser.shapes(), mesh)
+  params = task.start({"transformer": places})
+  for name, frozen in (("every", every), ("cached", cached)):
+    task.publish(tmp_path / name, params, frozen)
+  for path in sorted((tmp_path / "every").rglob("*.safetensors")):
+    other = tmp_path / "cached" / path.relative_to(tmp_path / "every")
+    assert path.read_bytes() == other.read_bytes()
+
+
+def test_an_encoder_of_given_images_stays(tmp_path):
+  checkpoint = tiny_training.checkpoint(tmp_path, "1.5-5b-i2v")
+  mesh = sharding.make_mesh(None)
+  task = tiny_training.config("data", checkpoint).task.build(mesh)
+  assert {*task.frozen(mesh, cached=True)} == {"vae", "empty_text"}
 
 
 def test_a_lora_saves_the_gradients_of_weights(checkpoint):

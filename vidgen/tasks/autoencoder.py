@@ -264,20 +264,26 @@ class AutoencoderTask:
     """Returns nothing: LPIPS's weights come with a package."""
     return {}
 
-  def frozen(self, mesh: Any) -> dict[str, PyTree]:
+  def frozen(
+    self, mesh: Any, *, cached: bool = False, sampled: bool = True
+  ) -> dict[str, PyTree]:
     """Returns LPIPS's weights as "lpips", on every device, where it counts.
 
     Raises:
       InputError, CorruptError, StorageError: As `lpips.load`.
     """
+    del cached, sampled
     if not self.config.lpips:
       return {}
     params = lpips.load(self.config.lpips_net, self._lpips_folder)
     params = jax.device_get(params)
     return {"lpips": jax.device_put(params, sharding.shardings(params, mesh))}
 
-  def frozen_shapes(self, mesh: Any) -> dict[str, PyTree]:
+  def frozen_shapes(
+    self, mesh: Any, *, cached: bool = False, sampled: bool = True
+  ) -> dict[str, PyTree]:
     """Returns what `frozen` would, as shapes with shardings."""
+    del cached, sampled
     if not self.config.lpips:
       return {}
     params = {"lpips": lpips.load(self.config.lpips_net, self._lpips_folder)}

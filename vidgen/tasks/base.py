@@ -59,10 +59,21 @@ class Task(Protocol):
   def with_options(self, options: dict[str, Any]) -> "Task":
     """Returns the task as a stage has it, some of its fields replaced."""
 
-  def frozen(self, mesh: Any) -> dict[str, PyTree]:
-    """Returns the parameters that are read and not trained."""
+  def frozen(
+    self, mesh: Any, *, cached: bool = False, sampled: bool = True
+  ) -> dict[str, PyTree]:
+    """Returns the parameters that are read and not trained.
 
-  def frozen_shapes(self, mesh: Any) -> dict[str, PyTree]:
+    Args:
+      mesh: Where they go.
+      cached: Whether every clip of the run comes from a cache.
+      sampled: Whether it makes samples. What such a run never reads is left
+        out, and `publish` does without.
+    """
+
+  def frozen_shapes(
+    self, mesh: Any, *, cached: bool = False, sampled: bool = True
+  ) -> dict[str, PyTree]:
     """Returns what `frozen` would, as shapes with shardings; reads nothing."""
 
   def host_batch(self, batch: loader.Batch) -> dict[str, np.ndarray]:

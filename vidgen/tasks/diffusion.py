@@ -202,13 +202,24 @@ class DiffusionTask:
       if name in self._opened.components and not self._opened.is_scratch(name)
     }
 
-  def frozen(self, mesh: Mesh) -> dict[str, PyTree]:
-    params = self._load_frozen(self._frozen_names, mesh)
-    if TEXT_ENCODER in params:
+  def frozen(
+    self, mesh: Mesh, *, cached: bool = False, sampled: bool = True
+  ) -> dict[str, PyTree]:
+    left_out = self._left_out(cached, sampled)
+    params = {}
+    if TEXT_ENCODER in self._frozen_names:
+      # First: where it is left out, the rest gets its room.
+      params = self._load_frozen((TEXT_ENCODER,), mesh)
       params["empty_text"] = self._empty_text(params)
-    return params
+      if TEXT_ENCODER in left_out:
+        del params[TEXT_ENCODER]
+    done = {TEXT_ENCODER, *left_out}
+    names = tuple(name for name in self._frozen_names if name not in done)
+    return params | self._load_frozen(names, mesh)
 
-  def frozen_shapes(self, mesh: Mesh) -> dict[str, PyTree]:
+  def frozen_shapes(
+    self, mesh: Mesh, *, cached: bool = False, sampled: bool = True
+  ) -> dict[str, PyTree]:
     """Returns what `frozen` would, as shapes with shardings."""
     params = {}
     for name in self._frozen_names:
@@ -218,7 +229,21 @@ class DiffusionTask:
         text = jax.eval_shape(self.embed, params, self._loss.empty)
       place = sharding.shardings(text, mesh)
       params["empty_text"] = sharding.placed(text, place)
-    return params
+    left_out = self._left_out(cached, sampled)
+    return {name: x for name, x in params.items() if name not in left_out}
+
+  def _left_out(self, cached: bool, sampled: bool) -> tuple[str, ...]:
+    """The frozen encoders that a run from caches never reads."""
+    settings = self.config.samples
+    if not cached or (sampled and (settings.prompts or settings.images)):
+      return ()
+    # A cache has embeddings of text and latents of clips, not of given images.
+    names = (TEXT_ENCODER,) if self._takes_image else (VAE, TEXT_ENCODER)
+    return tuple(
+      name
+      for name in names
+      if name in self._frozen_names and self._opened.is_as_saved(name)
+    )
 
   def _empty_text(self, params: dict[str, PyTree]) -> Array:
     """The embedding of the empty prompt, which takes a dropped one's place."""
@@ -341,7 +366,7 @@ class DiffusionTask:
 
     Args:
       bucket: Of the clip.
-      frozen: As of `frozen_shapes`.
+      frozen: As of `frozen_shapes`, nothing left out.
     """
     batch = loader.blank(bucket)
     shapes: dict[str, Any] = {}
@@ -440,7 +465,13 @@ class DiffusionTask:
       adapters.export(folder, tree, self.config.lora, self._denoiser)
       return
     every = {**frozen, **params}
-    parts = {name: every[name] for name in self._opened.components}
+    # What `frozen` left out is as in its files, and goes by the host's memory.
+    parts = {
+      name: every[name]
+      if name in every
+      else self._opened.load(name, None, self._dtype(name))
+      for name in self._opened.components
+    }
     publish.publish(
       folder,
       self.model,

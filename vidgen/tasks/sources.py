@@ -141,8 +141,16 @@ class Opened:
     """Says whether a component starts from random weights."""
     return self.home(name) is None
 
-  def load(self, name: str, places: PyTree, dtype: DTypeLike) -> PyTree:
-    """Returns the weights of a component, in `places`."""
+  def is_as_saved(self, name: str) -> bool:
+    """Says whether a component is what its files hold, and nothing else."""
+    changed = {*self._source.grow, *self._renewed}
+    return not self.is_scratch(name) and name not in changed
+
+  def load(self, name: str, places: PyTree | None, dtype: DTypeLike) -> PyTree:
+    """Returns the weights of a component, in `places`.
+
+    None gives arrays of numpy, of a component that is as saved.
+    """
     home, component = self.home(name), self.components[name]
     if name in self._source.grow:
       params = growth.load(home, component, places, dtype)
