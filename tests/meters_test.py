@@ -63,6 +63,20 @@ def test_a_step_is_told_of_when_the_next_is_taken(tmp_path):
   assert re.fullmatch(pattern, lines[-1]), lines[-1]
 
 
+def test_the_mean_of_what_only_some_parts_have(tmp_path):
+  """Nothing is told of a mean over nothing."""
+  told = []
+  with meters.Meters(tmp_path, 2, log_every=1, stream=io.StringIO()) as meter:
+    meter.resume(0)
+    for step, count in ((1, 3), (2, 0)):
+      part = jnp.float32(6.0), jnp.float32(count)
+      scalars = {"loss": jnp.float32(1), "grad_norm": jnp.float32(1)}
+      told.append(meter.step(step, scalars | {"some": part}))
+  first, second = records(tmp_path)
+  assert first["some"] == told[1]["some"] == 2
+  assert "some" not in second
+
+
 @pytest.mark.parametrize("name", ["checkpoint", "sample"])
 def test_waiting_for_the_last_step_is_part_of_the_steps(tmp_path, name):
   class Slow:

@@ -80,6 +80,24 @@ def test_parts_of_a_batch_are_the_batch(mesh, parts):
     np.testing.assert_allclose(others[name], scalars[name], rtol=1e-5)
 
 
+def test_a_mean_over_some_samples_is_that_of_the_whole_batch(mesh):
+  """Though not all parts of the batch have some."""
+
+  def some(params, frozen, batch, key, step):
+    grads, scalars = gradients(params, frozen, batch, key, step)
+    chosen = batch["chosen"]
+    pair = jnp.sum(chosen * batch["x"][:, 0]), jnp.sum(chosen)
+    return grads, scalars | {"some": pair}
+
+  state = start(TXS, mesh)
+  batch = batch_of(chosen=jnp.asarray([1.0, 0, 0, 0, 1, 0, 1, 0]))
+  want = batch["x"][jnp.array([0, 4, 6]), 0].mean()
+  for parts in (1, 4):
+    scalars = stepper(TXS, parts, grads=some)(state, FROZEN, batch, KEY)[1]
+    total, count = scalars["some"]
+    np.testing.assert_allclose(total / count, want, rtol=1e-6)
+
+
 def same(one, other):
   return all(
     np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -156,7 +156,8 @@ class Meters:
 
     Args:
       done: The steps that are done, this one included.
-      scalars: On the devices; "loss" and "grad_norm" are shown.
+      scalars: On the devices; "loss" and "grad_norm" are shown. A pair is a sum
+        and how many it is of, of which the mean is told, of none nothing.
       videos: How many the step took, on all devices.
       flops: Of the model for them, forward and backward, recomputation left
         out; None leaves out the utilisation.
@@ -165,7 +166,7 @@ class Meters:
       StorageError: The files cannot be written.
     """
     with self._clock.timing("step"):
-      for value in scalars.values():
+      for value in jax.tree.leaves(dict(scalars)):
         if isinstance(value, jax.Array):
           value.copy_to_host_async()
       pending, self._pending = self._pending, (done, scalars, videos, flops)
@@ -203,7 +204,11 @@ class Meters:
     flops: int | float | None,
   ) -> dict[str, float]:
     """Fetches a step's scalars, and writes and shows them."""
-    values = {name: float(np.asarray(x)) for name, x in scalars.items()}
+    values = {}
+    for name, x in scalars.items():
+      total, count = x if isinstance(x, tuple) else (x, 1)
+      if count := float(np.asarray(count)):
+        values[name] = float(np.asarray(total)) / count
     self._done = step
     rates = self._rates(step, videos, math.nan if flops is None else flops)
     if self._show is not None:

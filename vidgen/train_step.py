@@ -124,14 +124,14 @@ def create(
 
 
 def accumulate(
-  gradients: Callable[..., tuple[PyTree, dict[str, Array]]],
+  gradients: Callable[..., tuple[PyTree, dict[str, PyTree]]],
   params: PyTree,
   frozen: PyTree,
   batch: dict[str, Array],
   key: Key[Array, ""],
   step: Int[Array, ""],
   parts: int,
-) -> tuple[PyTree, dict[str, Array]]:
+) -> tuple[PyTree, dict[str, PyTree]]:
   """Averages gradients and scalars over `parts` equal parts of a batch.
 
   Each part takes every `parts`-th sample, so that it is spread over the devices
@@ -195,14 +195,14 @@ def step(
   batch: dict[str, Array],
   key: Key[Array, ""],
   *,
-  gradients: Callable[..., tuple[PyTree, dict[str, Array]]],
+  gradients: Callable[..., tuple[PyTree, dict[str, PyTree]]],
   txs: Optimizers,
   rate: optax.Schedule,
   parts: int,
   decay: float,
   sigmas: float,
   trained: dict[str, PyTree] | None = None,
-) -> tuple[State, dict[str, Array]]:
+) -> tuple[State, dict[str, PyTree]]:
   """Takes a step, or skips it where it would do harm.
 
   Args:

@@ -86,10 +86,12 @@ class Task(Protocol):
     batch: dict[str, Array],
     key: Key[Array, ""],
     step: Int[Array, ""],
-  ) -> tuple[dict[str, PyTree], dict[str, Array]]:
+  ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
     """Returns each group's gradient of its own loss, and scalars to tell.
 
-    `loss` is among the scalars. `key` is the step's own.
+    `loss` is among the scalars, each of which is a mean over the batch, or a
+    sum and how many it is of, where that depends on the batch. `key` is the
+    step's own.
     """
 
   def flops(self, bucket: buckets.Bucket) -> float | None:

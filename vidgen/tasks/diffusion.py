@@ -394,7 +394,7 @@ class DiffusionTask:
     batch: dict[str, Array],
     key: Key[Array, ""],
     step: Int[Array, ""],
-  ) -> tuple[dict[str, PyTree], dict[str, Array]]:
+  ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
     del step
 
     def loss(params):

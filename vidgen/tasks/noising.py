@@ -274,7 +274,7 @@ class Noising:
     params: dict[str, PyTree],
     batch: dict[str, Array],
     key: Key[Array, ""],
-  ) -> tuple[Float[Array, ""], dict[str, Array]]:
+  ) -> tuple[Float[Array, ""], dict[str, PyTree]]:
     """Returns the mean loss and scalars to tell."""
     index, count = batch["index"], batch["count"]
     keys = functools.partial(keys_of, key, index)
@@ -290,9 +290,8 @@ class Noising:
     scalars = {"loss": mean}
     for i in range(4):
       inside = quarter == i
-      total = jnp.maximum(inside.sum(), 1)
-      name = f"loss_quarter_{i + 1}"
-      scalars[name] = jnp.where(inside, errors_, 0).sum() / total
+      total, count = jnp.where(inside, errors_, 0).sum(), inside.sum()
+      scalars[f"loss_quarter_{i + 1}"] = total, count.astype(jnp.float32)
     if CUT in batch:
       scalars[CUT] = batch[CUT].mean()
     return mean, scalars
