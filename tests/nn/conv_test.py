@@ -50,6 +50,47 @@ def test_upsample_conv2d_by_either_way():
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+# Few positions, Winograd along the height, an odd height, and few channels.
+FRAMES = {
+  "few": ((2, 2, 4, 5), 6, 7, 0),
+  "winograd": ((1, 2, 10, 12), 256, 257, 4),
+  "odd": ((1, 2, 9, 12), 256, 257, 1),
+  "thin": ((1, 2, 10, 12), 8, 257, 1),
+}
+
+
+@pytest.mark.parametrize(
+  "size, i, o, convolutions", FRAMES.values(), ids=FRAMES
+)
+def test_frame_conv2d_by_either_way(size, i, o, convolutions):
+  """And which way it was, by the convolutions in the program."""
+  x, kernel = _normal(*size, i), _normal(3, 3, i, o) / (3 * i**0.5)
+  loss = lambda way: lambda *args: jnp.sum(jnp.sin(way(*args)))
+  plain = lambda x, kernel: conv._frames_plain(kernel, (x,))
+  got = conv.frame_conv2d(x, kernel)
+  np.testing.assert_allclose(got, plain(x, kernel), atol=1e-5)
+  got = jax.jit(jax.grad(loss(conv.frame_conv2d), (0, 1)))(x, kernel)
+  want = jax.jit(jax.grad(loss(plain), (0, 1)))(x, kernel)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  text = jax.jit(conv.frame_conv2d).lower(x, kernel).as_text()
+  assert text.count("stablehlo.convolution") == convolutions
+
+
+def test_rows_that_are_split_stay_as_they_are():
+  x, kernel = _normal(1, 2, 12, 12, 256), _normal(3, 3, 256, 256) / 48
+
+  def run(x, kernel):
+    with sharding.frames(1, 12, 12):
+      return sharding.settle(conv.frame_conv2d(conv.constrain(x), kernel))
+
+  want = jax.jit(run)(x, kernel)
+  with sharding.use(sharding.make_mesh({"context": 4})):
+    text = jax.jit(run).lower(x, kernel).as_text()
+    assert text.count("stablehlo.convolution") == 1
+    np.testing.assert_allclose(jax.jit(run)(x, kernel), want, atol=1e-5)
+
+
 @pytest.mark.parametrize("wrt", [0, 1, 2, (0, 1, 2)])
 def test_gradients_by_either_way(wrt):
   args = _normal(1, 3, 4, 4, 2), _normal(3, 3, 3, 2, 3), _normal(1, 2, 4, 4, 2)

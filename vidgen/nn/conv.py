@@ -1,11 +1,12 @@
 """Convolutions over videos: one door each, the fastest way behind it.
 
 XLA:CPU runs one 3-D convolution at half the speed of the same as 2-D ones, so
-on a CPU the doors lead to 2-D convolutions; elsewhere to XLA's own. The choice
-is made when a program is lowered: lowering for a TPU on a CPU gives the TPU's.
+on a CPU the doors lead to 2-D convolutions, and to products of matrices where
+2-D ones are slow; elsewhere to XLA's own. The choice is made when a program is
+lowered: lowering for a TPU on a CPU gives the TPU's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,12 @@ from vidgen.nn import layers
 
 Frames = tuple[Array, ...]
 Bilinear = Callable[[Array, Frames], Array]
+
+# Measured on two cores of an Intel Xeon. Of fewer positions, XLA:CPU's
+# convolution takes longer to read the kernel than a matrix product does; of
+# fewer channels, what Winograd's transforms add takes longer than they save.
+_FEW_POSITIONS = 128
+_MANY_CHANNELS = 256
 
 
 def convolve(
@@ -56,6 +63,23 @@ def _per_frame(
   """Convolves each frame of `x` with a 2-D kernel."""
   y = convolve(x.reshape(-1, *x.shape[2:]), kernel, stride, padding)
   return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def _per_frame_on_cpu(
+  x: Array, kernel: Array, padding: tuple = ((1, 1), (1, 1))
+) -> Array:
+  """The same by one product of matrices where there are few positions."""
+  if x.size // x.shape[-1] > _FEW_POSITIONS:
+    return _per_frame(x, kernel, 1, padding)
+  rows, columns, _, features = kernel.shape
+  x = jnp.pad(x, ((0, 0), (0, 0), *padding, (0, 0)))
+  h, w = x.shape[2] - rows + 1, x.shape[3] - columns + 1
+  seen = [
+    x[:, :, i : i + h, j : j + w] for i in range(rows) for j in range(columns)
+  ]
+  return layers.matmul(
+    jnp.concatenate(seen, axis=-1), kernel.reshape(-1, features)
+  )
 
 
 def _door(fast: Bilinear, plain: Bilinear) -> Bilinear:
@@ -103,12 +127,33 @@ def _causal_plain(kernel: Array, frames: Frames) -> Array:
   return convolve(_with_past(frames), kernel, 1, padding)
 
 
-def _causal_by_frames(kernel: Array, frames: Frames) -> Array:
-  """Convolves in time by Winograd's F(2, 3): four 2-D convolutions, not six.
+def _winograd(
+  parts: Sequence[Array], taps: Array, run: Callable[[Array, Array], Array]
+) -> tuple[Array, Array]:
+  """Two neighbouring results of three taps by four products, not six: F(2, 3).
 
-  Lavin and Gray, https://arxiv.org/abs/1509.09308, section 4.1. Time alone is
-  transformed, so the transforms add whole frames. Frames are taken in pairs; an
-  odd first one goes alone, and without a history its three taps are one.
+  Lavin and Gray, https://arxiv.org/abs/1509.09308, section 4.1.
+
+  Args:
+    parts: What the first tap meets for the first result, and the three next.
+    taps: Three, along the first axis.
+    run: The product of a part and a tap.
+  """
+  d0, d1, d2, d3 = parts
+  outer, middle = (taps[0] + taps[2]) / 2, taps[1] / 2
+  m0 = run(d0 - d2, taps[0])
+  m1 = run(d1 + d2, outer + middle)
+  m2 = run(d2 - d1, outer - middle)
+  m3 = run(d1 - d3, taps[2])
+  return m0 + (m1 + m2), (m1 - m2) - m3
+
+
+def _causal_by_frames(kernel: Array, frames: Frames) -> Array:
+  """Convolves in time by Winograd's F(2, 3), of 2-D convolutions.
+
+  Time alone is transformed, so the transforms add whole frames. Frames are
+  taken in pairs; an odd first one goes alone, and without a history its three
+  taps are one.
   """
   x, padded = frames[-1], _with_past(frames)
   alone = x.shape[1] % 2
@@ -120,15 +165,32 @@ def _causal_by_frames(kernel: Array, frames: Frames) -> Array:
     parts.append(sum(taps))
   if pairs := x.shape[1] // 2:
     shifts = range(alone, alone + 4)
-    d0, d1, d2, d3 = (padded[:, i : i + 2 * pairs - 1 : 2] for i in shifts)
-    outer, middle = (kernel[0] + kernel[2]) / 2, kernel[1] / 2
-    m0 = _per_frame(d0 - d2, kernel[0])
-    m1 = _per_frame(d1 + d2, outer + middle)
-    m2 = _per_frame(d2 - d1, outer - middle)
-    m3 = _per_frame(d1 - d3, kernel[2])
-    y = jnp.stack([m0 + (m1 + m2), (m1 - m2) - m3], axis=2)
+    shifted = [padded[:, i : i + 2 * pairs - 1 : 2] for i in shifts]
+    y = jnp.stack(_winograd(shifted, kernel, _per_frame), axis=2)
     parts.append(y.reshape(y.shape[0], -1, *y.shape[3:]))
   return jnp.concatenate(parts, axis=1)
+
+
+def _frames_plain(kernel: Array, frames: Frames) -> Array:
+  return _per_frame(frames[0], kernel)
+
+
+def _frames_by_rows(kernel: Array, frames: Frames) -> Array:
+  """Convolves along the height by Winograd's F(2, 3), where that pays.
+
+  The height alone is transformed, so the transforms add whole rows; where it is
+  split over devices, it stays as it is.
+  """
+  (x,) = frames
+  few = x.size // x.shape[-1] <= _FEW_POSITIONS
+  thin = min(kernel.shape[2:]) < _MANY_CHANNELS
+  if few or thin or x.shape[2] % 2 or sharding.grid() != (1, 1):
+    return _per_frame_on_cpu(x, kernel)
+  padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0), (0, 0)))
+  shifted = [padded[:, :, i : i + x.shape[2] - 1 : 2] for i in range(4)]
+  run = lambda x, tap: _per_frame(x, tap[None], 1, ((0, 0), (1, 1)))
+  y = jnp.stack(_winograd(shifted, kernel, run), axis=3)
+  return y.reshape(*x.shape[:-1], -1)
 
 
 def _upsample_plain(kernel: Array, frames: Frames) -> Array:
@@ -152,7 +214,7 @@ def _upsample_by_phase(kernel: Array, frames: Frames) -> Array:
     row = []
     for j, taps in enumerate(phases):
       small = jnp.swapaxes(merge(by_row, taps), 0, 1)
-      row.append(_per_frame(x, small, 1, ((1 - i, i), (1 - j, j))))
+      row.append(_per_frame_on_cpu(x, small, ((1 - i, i), (1 - j, j))))
     rows.append(jnp.stack(row, axis=4))
   y = jnp.stack(rows, axis=3)
   b, f, h, _, w, _, c = y.shape
@@ -160,6 +222,7 @@ def _upsample_by_phase(kernel: Array, frames: Frames) -> Array:
 
 
 _causal = _door(_causal_by_frames, _causal_plain)
+_frames = _door(_frames_by_rows, _frames_plain)
 _upsample = _door(_upsample_by_phase, _upsample_plain)
 
 
@@ -176,6 +239,13 @@ def causal_conv3d(
   """
   frames = (x,) if history is None else (history, x)
   return _causal(kernel, frames) + bias
+
+
+def frame_conv2d(
+  x: Float[Array, "b f h w i"], kernel: Float[Array, "3 3 i o"]
+) -> Float[Array, "b f h w o"]:
+  """Convolves each frame with 3x3, padded by zeros."""
+  return _frames(kernel, (x,))
 
 
 def upsample_conv2d(

@@ -59,6 +59,8 @@ class Conv2D(_Conv):
     x = conv.constrain(x.astype(self.dtype))
     if size == 1:
       return conv.constrain(layers.matmul(x, kernel[0, 0]) + bias)
+    if (size, self.stride) == (3, 1):
+      return conv.constrain(conv.frame_conv2d(x, kernel) + bias)
     y = conv.convolve(x.reshape(-1, *x.shape[2:]), kernel, self.stride)
     return conv.constrain(y.reshape(*x.shape[:2], *y.shape[1:]) + bias)
 
