@@ -260,7 +260,7 @@ def test_programs_are_compiled_while_weights_load(folder):
   given = {**SIZE, "num_frames": 2}
   options = {"decode_chunk": 1}
   request = base.Request(image=True, options=options, **given)
-  check = lambda model: [model.plan(request)]
+  check = lambda model, _: [model.plan(request)]
   pipeline = vidgen.load(folder, dtype="float32", check=check)
   out = pipeline.sample(image=IMAGE, **given, **options)
   assert out.shape == (1, 2, 16, 16, 3) and out.dtype == np.uint8
