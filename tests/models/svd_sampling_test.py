@@ -106,6 +106,13 @@ def test_what_was_not_trained_is_warned_of(fields, match):
   assert "\n" not in str(one.message)
 
 
+def test_the_rate_that_a_model_was_trained_for_is_not_warned_of():
+  slow = dataclasses.replace(svd.config_svd_xt(), fps=4)
+  assert plan(slow).fps == plan(slow, options={"fps": 4}).fps == 4
+  with pytest.warns(UserWarning, match="fps: 3 is outside"):
+    plan(slow, options={"fps": 3})
+
+
 BAD = [
   ("image", {"image": None}),
   ("image", {"image": []}),

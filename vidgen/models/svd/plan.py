@@ -167,7 +167,7 @@ def _checked(options: dict[str, Any], fps: int) -> dict[str, Any]:
     )
   if options["fps_id"] is None and options["fps"] is None:
     options["fps"] = float(fps)
-  fps = options["fps"]
+  own, fps = fps, options["fps"]
   fps = options["fps_id"] + 1 if fps is None else fps
   if fps <= 0:
     raise errors.InputError(f"fps: {fps:g} frames a second is none.")
@@ -178,7 +178,7 @@ def _checked(options: dict[str, Any], fps: int) -> dict[str, Any]:
   if chunk is not None and chunk < 1:
     raise errors.InputError(f"decode_chunk: {chunk} frames at a time is none.")
   least, most = _FPS
-  if not least <= fps <= most:
+  if fps != own and not least <= fps <= most:
     warnings.warn(
       f"fps: {fps:g} is outside of {least} to {most}, which the published "
       "models were trained for.",
