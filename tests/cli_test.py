@@ -32,6 +32,7 @@ class FakePipeline:
       plan=lambda request: None,
       takes_text=True,
       takes_fps=False,
+      takes_image=False,
       components=(),
     )
 

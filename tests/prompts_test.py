@@ -75,12 +75,14 @@ def test_jsonl_sets_every_field(tmp_path):
     '{"prompt": "A panda.", "negative_prompt": "blurry", "seed": 4294967295,'
     ' "num_frames": 9, "height": 32, "width": 48, "num_steps": 3,'
     ' "guidance_scale": 1, "sampler": "ddim", "video": "a.mp4",'
-    ' "image": null, "strength": 0.5, "videos_per_prompt": 2}\n\n'
+    ' "image": null, "strength": 0.5, "videos_per_prompt": 2,'
+    ' "last_image": "b.png"}\n\n'
     '{"prompt": "\\u00c9t\\u00e9"}',
   )
   got = overrides(lines[0])
   assert set(got) == prompts.TYPES.keys() - {"image"}
   assert got["video"] == os.fspath(tmp_path / "a.mp4")
+  assert got["last_image"] == os.fspath(tmp_path / "b.png")
   assert got["guidance_scale"] == 1.0
   assert lines[1].prompt == "Été"
 

@@ -59,6 +59,14 @@ def test_names_do_not_depend_on_a_strength_without_a_video():
   assert len(names) == 1
 
 
+def test_names_are_as_before_there_was_a_last_image():
+  values = dict.fromkeys(field.name for field in dataclasses.fields(clips.Clip))
+  values |= {"where": "", "index": 0, "clip": 0, "prompt": "a", "seed": 0}
+  values |= {"negative_prompt": "", "strength": 0.8}
+  digests = clips.Digests({"lora": None})
+  assert digests.of(clips.Clip(**values)) == "17a553e774ca"
+
+
 def test_loras_of_one_name_are_all_recorded(tmp_path, pipeline):
   paths = []
   for name in ("a", "b"):

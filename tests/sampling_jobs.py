@@ -20,7 +20,7 @@ class FakePipeline:
 
   fps = 8
   why_mesh = ""
-  takes_text, takes_fps = True, False
+  takes_text, takes_fps, takes_image = True, False, False
   components = ()
 
   def __init__(self):

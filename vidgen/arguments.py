@@ -166,6 +166,19 @@ def _several(image: Any) -> list[Any]:
   return list(image) if several else [image]
 
 
+def check_last_image(given: int, has_last: bool) -> None:
+  """Raises InputError unless a clip has as many images as a model is given."""
+  if given > 1 and not has_last:
+    raise errors.InputError(
+      "last_image: this checkpoint makes what is between two frames; give the "
+      "last one, too."
+    )
+  if given == 1 and has_last:
+    raise errors.InputError(
+      "last_image: this checkpoint is given the first frame alone; drop it."
+    )
+
+
 def count_clips(image: Any, each: int) -> int:
   """Returns how many clips images make.
 

@@ -26,6 +26,10 @@ SHARED = (
 )
 
 
+# The fields of a clip that are files, read for what they hold.
+READ = ("image", "last_image", "video")
+
+
 @dataclasses.dataclass
 class Clip:
   """One video to make, its line's overrides applied.
@@ -44,6 +48,7 @@ class Clip:
   negative_prompt: str
   seed: int
   image: str | None
+  last_image: str | None
   video: str | None
   strength: float
   num_frames: int | None
@@ -112,8 +117,10 @@ class Digests:
     values |= self._settings
     if clip.video is None:
       del values["strength"]  # It changes nothing.
-    for name in ("image", "video"):
+    for name in READ:
       values[name] = self._content(values[name])
+    if clip.last_image is None:
+      del values["last_image"]  # As clips were named before there was one.
     text = json.dumps(values, sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -163,7 +170,7 @@ def about(clip: Clip, name: str | None) -> dict[str, Any]:
   for field in ("num_steps", "guidance_scale", "sampler"):
     if getattr(clip, field) is not None:
       values[field] = getattr(clip, field)
-  for field in ("image", "video"):
+  for field in READ:
     if getattr(clip, field) is not None:
       values[field] = os.path.basename(getattr(clip, field))
   return values

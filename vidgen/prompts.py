@@ -24,6 +24,7 @@ TYPES: Mapping[str, type] = {
   "guidance_scale": float,
   "sampler": str,
   "image": str,
+  "last_image": str,
   "video": str,
   "strength": float,
   "videos_per_prompt": int,
@@ -59,6 +60,7 @@ class Line:
   guidance_scale: float | None = None
   sampler: str | None = None
   image: str | None = None
+  last_image: str | None = None
   video: str | None = None
   strength: float | None = None
   videos_per_prompt: int | None = None
@@ -260,7 +262,7 @@ def _line(
       raise errors.InputError(f"{where}: has no prompt.")
   except errors.InputError as error:
     return Bad(where, str(error), _count(values))
-  for name in ("image", "video"):
+  for name in ("image", "last_image", "video"):
     if name in values:
       values[name] = os.fspath(path.parent / values[name])
   return Line(where=where, **values)

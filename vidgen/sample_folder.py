@@ -254,7 +254,7 @@ class Folder:
   def _record_inputs(self, record: provenance.Record) -> None:
     """Records the prompts, images and videos, and those that lines name."""
     config = self._config
-    for name in ("prompts", "image", "video"):
+    for name in ("prompts", *clips.READ):
       path = getattr(config, name)
       if name == "prompts" and path is not None and not os.path.exists(path):
         # Of a split of a data set its folder counts.
@@ -264,8 +264,9 @@ class Folder:
     if config.prompts is None:
       return
     home = os.path.dirname(config.prompts) or "."
-    read = {p for clip in self._wanted for p in (clip.image, clip.video) if p}
-    if named := sorted(read - {config.image, config.video}):
+    files = lambda one: {getattr(one, name) for name in clips.READ}
+    read = {path for clip in self._wanted for path in files(clip)}
+    if named := sorted(read - files(config) - {None}):
       files = {os.path.relpath(path, home): None for path in named}
       record.files(home, files, "lines")
 

@@ -84,6 +84,9 @@ def check_clip(
   """Asks the model how it will make a clip; None where that is not known."""
   arguments.check_text(model.takes_text, clip.prompt)
   arguments.check_negative_text(model.takes_text, clip.negative_prompt)
+  if clip.image is not None and model.takes_image:
+    given = len(model.training.image_frames)
+    arguments.check_last_image(given, clip.last_image is not None)
   if clip.video is not None:
     return None  # Its length is not known until all of it is read.
   planned = model.plan(
@@ -166,12 +169,12 @@ def _of_each(batch: list[clips.Clip], size: int) -> dict[str, Any]:
   """
   if batch[0].video is None:
     batch = batch + batch[-1:] * (size - len(batch))
-  names = ("prompt", "negative_prompt", "image", "seed")
+  names = ("prompt", "negative_prompt", "seed")
   values = {name: [getattr(clip, name) for clip in batch] for name in names}
   if len(batch) == 1:
     values = {name: value[0] for name, value in values.items()}
-  elif batch[0].image is None:
-    values["image"] = None
+  images = [path for clip in batch for path in (clip.image, clip.last_image)]
+  values["image"] = [path for path in images if path is not None] or None
   if batch[0].prompt is None:
     values |= {"prompt": None, "negative_prompt": batch[0].negative_prompt}
   return {**values, "clips": [clip.clip for clip in batch]}

@@ -33,6 +33,7 @@ class SampleConfig:
       filled up, so that a clip's bits do not depend on its neighbours.
     image: An image, for checkpoints that start from one, or a folder of images,
       each of which makes a clip, in the order of their names.
+    last_image: The last frame, for checkpoints that make what is between two.
     video: A video to change, by `strength` in (0, 1].
     videos_per_prompt: Clips for each prompt, each from noise of its own.
     tiling: Encode and decode in tiles: less memory, slightly other pixels.
@@ -58,6 +59,7 @@ class SampleConfig:
   batch_size: int = 1
   negative_prompt: str = ""
   image: str | None = None
+  last_image: str | None = None
   video: str | None = None
   strength: float = 0.8
   num_frames: int | None = None
@@ -123,7 +125,7 @@ def sift(config: SampleConfig) -> tuple[list[clips.Clip], list[Failure]]:
     try:
       if isinstance(line, prompts.Bad):
         raise errors.InputError(line.error)
-      for name, probe in (("image", video.read_image), ("video", _probe)):
+      for name, probe in _PROBES.items():
         path = _pick(line, config, name)
         if path is not None:
           _once(seen, (name, path), line.where, probe)
@@ -269,6 +271,10 @@ def _clips(
     raise errors.InputError(
       f"{line.where or 'config'}: image and video exclude each other."
     )
+  if values["last_image"] is not None and values["image"] is None:
+    raise errors.InputError(
+      f"{line.where or 'config'}: last_image needs an image, the first frame."
+    )
   if line.strength is not None and values["video"] is None:
     raise errors.InputError(
       f"{line.where}: strength needs a video that it can change."
@@ -289,3 +295,11 @@ def _clips(
 def _probe(path: str) -> None:
   """Checks that a video can be read, by its first frame."""
   video.read_video(path, limit=1)
+
+
+# What of a line is a file, and how it is seen that it can be read.
+_PROBES = {
+  "image": video.read_image,
+  "last_image": video.read_image,
+  "video": _probe,
+}

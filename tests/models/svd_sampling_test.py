@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from flax import linen as nn
 
 import vidgen
 from tests import tiny_svd
@@ -21,6 +22,7 @@ from vidgen import (
   errors,
   layouts,
   loading,
+  publish,
   sample,
   sample_model,
   video,
@@ -218,6 +220,62 @@ def test_the_unconditional_branch_has_no_image():
   got = model.unconditional(condition, {})
   assert not got["context"].any() and not got["image"].any()
   assert got["numbers"].all()
+
+
+@pytest.fixture
+def between(tmp_path):
+  """A checkpoint of random weights that makes what is between two frames."""
+  conditioning = svd.Conditioning(given=(0, -1), mask_size=(4, 4))
+  config = svd.config_small(3, conditioning)
+  model = svd.create(config, jnp.float32)
+  params = {
+    part.name: nn.unbox(part.init(jax.random.key(i)))
+    for i, part in enumerate(model.components)
+  }
+  publish.publish(tmp_path / "between", model, params, tokenizer=None)
+  return tmp_path / "between"
+
+
+def test_the_size_of_a_learned_mask_is_the_only_one():
+  conditioning = svd.Conditioning(given=(0, -1), mask_size=(4, 6))
+  config = svd.config_small(3, conditioning)
+  got = plan(config)
+  ratio = config.vae.spatial_compression_ratio
+  assert (got.height, got.width) == (4 * ratio, 6 * ratio)
+  with pytest.raises(errors.InputError, match="makes 16x24 alone, not 16x16"):
+    plan(config, height=16, width=16)
+
+
+def test_a_job_between_two_frames(between, folder, tmp_path, capsys):
+  ends = [tmp_path / name for name in ("a.png", "b.png")]
+  for path, image in zip(ends, (IMAGE, IMAGE[::-1]), strict=True):
+    PIL.Image.fromarray(image).save(path)
+  out = tmp_path / "out"
+  argv = ["sample", f"--checkpoint={between}", f"--image={ends[0]}"]
+  argv += [f"--config.{name}={value}" for name, value in SIZE.items()]
+  argv += ["--config.dtype=float32", "--config.formats=png", f"--out={out}"]
+  assert main.main(argv) == 2
+  assert "last_image: this checkpoint makes what" in capsys.readouterr().err
+  assert not out.exists()
+  assert main.main([*argv, f"--last_image={ends[1]}"]) == 0
+  (line,) = (out / "clips.jsonl").read_text().splitlines()
+  record = json.loads(line)
+  assert (record["image"], record["last_image"]) == ("a.png", "b.png")
+  told = json.loads((out / "manifest.json").read_text())["inputs"]
+  assert {"image", "last_image"} <= told.keys()
+  (want,) = vidgen.load(between, dtype="float32").sample(
+    image=[str(path) for path in ends], **SIZE
+  )
+  got = sorted((out / record["files"][0]).iterdir())
+  got = np.stack([np.asarray(PIL.Image.open(path)) for path in got])
+  np.testing.assert_array_equal(got, want)
+  # Another last frame is another clip.
+  assert main.main([*argv, f"--last_image={ends[0]}"]) == 0
+  assert len((out / "clips.jsonl").read_text().splitlines()) == 2
+  capsys.readouterr()
+  argv[1] = f"--checkpoint={folder}"
+  assert main.main([*argv, f"--last_image={ends[1]}"]) == 2
+  assert "the first frame alone; drop it" in capsys.readouterr().err
 
 
 @pytest.mark.slow

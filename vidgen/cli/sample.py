@@ -14,6 +14,7 @@ what to make
   --image=FILE        the first frame, for checkpoints that start from one; a
                       folder makes a clip of each image in it. Checkpoints that
                       take no text need no prompt
+  --last_image=FILE   the last frame, for checkpoints that make what is between
   --video=FILE        a video to change, by --config.strength=0.8
   --seed=N            0 by default; the same seed gives the same video
 
@@ -35,7 +36,7 @@ any field of the config, --config.FIELD=VALUE
   memory   mesh.AXIS residency tiling executables
   files    formats (some of mp4,gif,png,npz)
   batches  batch_size
-  as above prompt prompts image video seed checkpoint out shard
+  as above prompt prompts image last_image video seed checkpoint out shard
 
 example
   vidgen sample --prompt="A small red circle moves to the right."
@@ -52,7 +53,10 @@ from vidgen import hosts, progress, sample
 from vidgen.cli import cache, default_sample_config, origin, parse
 
 # Flags that set a field of the config, for they are used so often.
-_TEXT = ("prompt", "prompts", "checkpoint", "out", "image", "video", "shard")
+_TEXT = (
+  *("prompt", "prompts", "checkpoint", "out"),
+  *("image", "last_image", "video", "shard"),
+)
 
 
 def define(values: flags.FlagValues, argv: list[str]) -> None:
@@ -75,6 +79,8 @@ def run(values: flags.FlagValues) -> None:
     if one in given or other in given:
       setattr(config, one, None)
       setattr(config, other, None)
+  if "video" in given:
+    config.last_image = None
   for name, value in given.items():
     setattr(config, name, value)
   hosts.take_devices(os.environ)

@@ -228,6 +228,9 @@ def _size(config: Config, request: Request) -> tuple[int, int]:
   default = _SIZE
   if config.unet.sample_size != _UNUSED:
     default = (config.unet.sample_size * multiple,) * 2
+  masked = config.conditioning.mask_size
+  if masked is not None:
+    default = masked[0] * multiple, masked[1] * multiple
   height = default[0] if request.height is None else request.height
   width = default[1] if request.width is None else request.width
   for name, size in (("height", height), ("width", width)):
@@ -237,4 +240,10 @@ def _size(config: Config, request: Request) -> tuple[int, int]:
         f"{name}: {size} is not a multiple of {multiple}; the nearest is "
         f"{near}."
       )
+  if masked is not None and (height, width) != default:
+    raise errors.InputError(
+      f"height, width: this checkpoint makes {default[0]}x{default[1]} alone, "
+      f"not {height}x{width}: what stands for its missing frames is learned in "
+      "that size."
+    )
   return height, width
