@@ -40,7 +40,7 @@ def get_config() -> train.TrainConfig:
     ),
     stages=(
       train.Stage(
-        1200,
+        2400,
         loader.DataConfig(
           dataset="moving_shapes",
           data_dir="data",
