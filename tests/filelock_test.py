@@ -42,9 +42,9 @@ def test_a_child_does_not_keep_the_lock(tmp_path):
     "from vidgen import filelock\n"
     "held = filelock.Lock(pathlib.Path(sys.argv[1]))\n"
     "if os.fork() == 0:\n"
+    "  print('held', flush=True)\n"
     "  sys.stdin.read()\n"
     "  os._exit(0)\n"
-    "print('held', flush=True)\n"
     "time.sleep(60)\n"
   )
   child = subprocess.Popen(

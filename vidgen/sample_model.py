@@ -174,7 +174,8 @@ def _of_each(batch: list[clips.Clip], size: int) -> dict[str, Any]:
   if len(batch) == 1:
     values = {name: value[0] for name, value in values.items()}
   images = [path for clip in batch for path in (clip.image, clip.last_image)]
-  values["image"] = [path for path in images if path is not None] or None
+  images = [path for path in images if path is not None]
+  values["image"] = images if len(images) > 1 else next(iter(images), None)
   if batch[0].prompt is None:
     values |= {"prompt": None, "negative_prompt": batch[0].negative_prompt}
   return {**values, "clips": [clip.clip for clip in batch]}
