@@ -11,10 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from flax import linen as nn
 
 import vidgen
-from tests import tiny_svd
+from tests import tiny_svd, tiny_svd_config
 from vidgen import (
   arguments,
   checkpoint,
@@ -225,12 +224,14 @@ def test_the_unconditional_branch_has_no_image():
 @pytest.fixture
 def between(tmp_path):
   """A checkpoint of random weights that makes what is between two frames."""
-  conditioning = svd.Conditioning(given=(0, -1), mask_size=(4, 4))
-  config = svd.config_small(3, conditioning)
-  model = svd.create(config, jnp.float32)
+  conditioning = svd.Conditioning(given=(0, -1), mask_size=(16, 16))
+  model = svd.create(tiny_svd_config.tiny(conditioning), jnp.float32)
+  draw = np.random.default_rng(0).standard_normal
   params = {
-    part.name: nn.unbox(part.init(jax.random.key(i)))
-    for i, part in enumerate(model.components)
+    part.name: jax.tree.map(
+      lambda x: np.asarray(draw(x.shape) / 8, np.float32), base.shapes(part)
+    )
+    for part in model.components
   }
   publish.publish(tmp_path / "between", model, params, tokenizer=None)
   return tmp_path / "between"

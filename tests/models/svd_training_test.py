@@ -1,6 +1,5 @@
 """Training of Stable Video Diffusion: EDM's loss, conditions, one step."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,10 +8,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from tests.tiny_svd_config import tiny
 from vidgen import diffusion, errors, sharding, train_step
 from vidgen.data import buckets, loader
 from vidgen.models import svd
-from vidgen.models.svd import numbers, unet
+from vidgen.models.svd import numbers
 from vidgen.tasks import diffusion as task_lib
 from vidgen.tasks import facts, noising, sources
 
@@ -25,21 +25,6 @@ MULTIVIEW = svd.Conditioning(
 POSES = svd.Conditioning(numbers=("noise_aug", "polar", "azimuth"), given=(-1,))
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("compiled_fast")
-
-
-def tiny(conditioning=None):
-  """A model of one level and 4x4 pixels, each a latent."""
-  config = svd.config_small(3, conditioning)
-  config.unet = dataclasses.replace(
-    config.unet,
-    block_out_channels=(32,),
-    down_block_types=(unet.CROSS_DOWN,),
-    up_block_types=(unet.CROSS_UP,),
-    num_attention_heads=(2,),
-  )
-  config.vae.block_out_channels = (32,)
-  config.image_encoder.num_hidden_layers = 1
-  return config
 
 
 def test_there_is_no_loop_to_unroll():

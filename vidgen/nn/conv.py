@@ -222,7 +222,6 @@ def _upsample_by_phase(kernel: Array, frames: Frames) -> Array:
 
 
 _causal = _door(_causal_by_frames, _causal_plain)
-_frames = _door(_frames_by_rows, _frames_plain)
 _upsample = _door(_upsample_by_phase, _upsample_plain)
 
 
@@ -244,8 +243,15 @@ def causal_conv3d(
 def frame_conv2d(
   x: Float[Array, "b f h w i"], kernel: Float[Array, "3 3 i o"]
 ) -> Float[Array, "b f h w o"]:
-  """Convolves each frame with 3x3, padded by zeros."""
-  return _frames(kernel, (x,))
+  """Convolves each frame with 3x3, padded by zeros.
+
+  The choice is made when it is traced: a UNet has a hundred of these, and to
+  trace both ways of each takes minutes.
+  """
+  if sharding.platform() != "cpu":
+    return _frames_plain(kernel, (x,))
+  fast = _frames_by_rows(*_cast((kernel, (x,)), jnp.float32))
+  return fast.astype(kernel.dtype)
 
 
 def upsample_conv2d(
