@@ -66,7 +66,7 @@ def test_frame_conv2d_by_either_way(size, i, o, convolutions):
   """And which way it was, by the convolutions in the program."""
   x, kernel = _normal(*size, i), _normal(3, 3, i, o) / (3 * i**0.5)
   loss = lambda way: lambda *args: jnp.sum(jnp.sin(way(*args)))
-  plain = lambda x, kernel: conv._frames_plain(kernel, (x,))
+  plain = conv._per_frame
   got = conv.frame_conv2d(x, kernel)
   np.testing.assert_allclose(got, plain(x, kernel), atol=1e-5)
   got = jax.jit(jax.grad(loss(conv.frame_conv2d), (0, 1)))(x, kernel)

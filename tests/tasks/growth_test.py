@@ -1,13 +1,12 @@
 """Networks that start as smaller ones."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
+from tests import tiny_svd_config
 from vidgen import checkpoint, errors, publish, sharding, tensorfile, weights
 from vidgen.models import base, svd
 from vidgen.models.svd import unet
@@ -17,18 +16,13 @@ pytestmark = pytest.mark.usefixtures("compiled_fast")
 
 
 def tiny(config, **fields):
-  config.unet = dataclasses.replace(
-    config.unet,
-    block_out_channels=(32,),
-    down_block_types=(unet.CROSS_DOWN,),
-    up_block_types=(unet.CROSS_UP,),
-    num_attention_heads=(2,),
+  return tiny_svd_config.one_level(
+    config,
     layers_per_block=1,
     cross_attention_dim=8,
     addition_time_embed_dim=8,
     **fields,
   )
-  return config
 
 
 IMAGE = tiny(svd.config_image())

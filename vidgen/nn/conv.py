@@ -171,17 +171,12 @@ def _causal_by_frames(kernel: Array, frames: Frames) -> Array:
   return jnp.concatenate(parts, axis=1)
 
 
-def _frames_plain(kernel: Array, frames: Frames) -> Array:
-  return _per_frame(frames[0], kernel)
-
-
-def _frames_by_rows(kernel: Array, frames: Frames) -> Array:
+def _per_frame_by_rows(x: Array, kernel: Array) -> Array:
   """Convolves along the height by Winograd's F(2, 3), where that pays.
 
   The height alone is transformed, so the transforms add whole rows; where it is
   split over devices, it stays as it is.
   """
-  (x,) = frames
   few = x.size // x.shape[-1] <= _FEW_POSITIONS
   thin = min(kernel.shape[2:]) < _MANY_CHANNELS
   if few or thin or x.shape[2] % 2 or sharding.grid() != (1, 1):
@@ -249,8 +244,8 @@ def frame_conv2d(
   trace both ways of each takes minutes.
   """
   if sharding.platform() != "cpu":
-    return _frames_plain(kernel, (x,))
-  fast = _frames_by_rows(*_cast((kernel, (x,)), jnp.float32))
+    return _per_frame(x, kernel)
+  fast = _per_frame_by_rows(*_cast((x, kernel), jnp.float32))
   return fast.astype(kernel.dtype)
 
 
