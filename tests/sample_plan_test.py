@@ -44,6 +44,7 @@ def pipeline(monkeypatch, tmp_path_factory):
     ({"prompt": "a", "image": "no.png"}, "no.png: there is no such image"),
     ({"prompt": "a", "video": "no.mp4"}, "no.mp4: there is no such video"),
     ({"prompt": "a", "strength": 0.5}, "strength needs a video"),
+    ({"prompt": "a", "last_image": "no.png"}, "no.png: there is no such image"),
     ({"prompt": "a", "lora": "no.st"}, "no.st: there is no such LoRA"),
     ({"prompt": "a", "lora": {"no.st": 1.0}}, "no.st: there is no such LoRA"),
     ({"prompt": "a", "lora_scale": float("inf")}, "must be finite"),
@@ -171,3 +172,11 @@ def test_a_job_without_prompts_type_is_complete():
   # A new field of a line must be applied to its clips too.
   clip = {field.name for field in dataclasses.fields(clips.Clip)}
   assert prompts.TYPES.keys() - clip == {"videos_per_prompt"}
+
+
+def test_a_last_image_needs_a_first(tmp_path):
+  path = tmp_path / "a.png"
+  PIL.Image.new("RGB", (8, 8)).save(path)
+  config = sample.SampleConfig(prompt="a", last_image=str(path))
+  with pytest.raises(errors.InputError, match="last_image needs an image"):
+    sample.plan(config)
