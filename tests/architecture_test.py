@@ -39,7 +39,7 @@ LAYERS = (
   {"sample_folder", "sample"},
   {"train_config", "trainer"},
   {"bench", "prepare", "train", "encode", "evaluate"},
-  {"likeness", "repro", "rerun", "seedtable"},
+  {"likeness", "agreement", "repro", "rerun", "seedtable"},
   {"topology", "compile", "programs"},
   {"cli"},
 )

@@ -76,6 +76,7 @@ def test_metrics_of_an_evaluation():
   assert outputs.of_metrics(record) == {
     "kind": "metrics",
     "metrics": {"metrics.psnr.value": 30.5, "metrics.psnr.n": 4},
+    "identities": {"psnr": "psnr-v1"},
   }
 
 

@@ -436,6 +436,11 @@ def test_the_command(trained, tmp_path, capsys):
     (["check", "/none", "/none"], "/none: no such file"),
     (["rerun", "a"], "--out is missing"),
     (["check", "a", "b", "--tolerance=-1"], "--tolerance=-1.0: give 0 or mo"),
+    (
+      ["check", "a", "b", "--tolerance=1", "--within_intervals"],
+      "has no --tol",
+    ),
+    (["rerun", "a", "--within_intervals"], "--within_intervals: is for check"),
     (["check", "a", "b", "--tol=1"], "--tol: there is no such flag"),
   ],
 )

@@ -12,6 +12,7 @@ from vidgen.metrics import pixels
 
 IDENTICAL = "identical"
 ROUNDING = "equal to rounding"
+INTERVALS = "equal within intervals"
 DIFFERENT = "different"
 
 # Which file of a clip is looked at: what loses least comes first.
@@ -24,7 +25,7 @@ class Likeness:
   """What comparing the outputs gave.
 
   Attributes:
-    verdict: One of the three.
+    verdict: One of the four.
     why: In a line.
     lines: What is the same and what is not, for people.
     max_abs: The largest difference: of pixels in units of 0 to 255, of latents
@@ -249,14 +250,14 @@ def _numbers(first, second, tolerance):
     names = sorted(a.keys() ^ b.keys())
     lines.append(f"metrics of one of them: {tensorheader.listed(names) or '-'}")
     return Likeness(DIFFERENT, what, lines)
-  relative = {name: _relative(a[name], b[name]) for name in a}
-  for name, size in relative.items():
+  shares = {name: relative(a[name], b[name]) for name in a}
+  for name, size in shares.items():
     if size:
       lines.append(
         f"{name}: {float(a[name]):.8g} in A, {float(b[name]):.8g} in B "
         f"({size:.2g})"
       )
-  worst = max(relative.values())
+  worst = max(shares.values())
   if tolerance is None:
     return Likeness(DIFFERENT, what, lines, worst)
   met = math.isfinite(worst) and worst <= tolerance
@@ -265,7 +266,7 @@ def _numbers(first, second, tolerance):
   return Likeness(verdict, why, lines, worst)
 
 
-def _relative(a: int | float | str, b: int | float | str) -> float:
+def relative(a: int | float | str, b: int | float | str) -> float:
   """Returns the difference of two numbers, relative to the larger one.
 
   What is not finite is as far as can be from all but itself, and so are whole

@@ -181,7 +181,9 @@ def numbers(record: Mapping[str, Any]) -> dict[str, int | float | str]:
 
 def of_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
   """Returns what an evaluation has measured: the numbers of its record."""
-  return {"kind": "metrics", "metrics": numbers(record)}
+  metrics = record.get("metrics", {})
+  names = {name: one["name"] for name, one in metrics.items()}
+  return {"kind": "metrics", "metrics": numbers(record), "identities": names}
 
 
 def read_json(path: pathlib.Path, limit: int = 2**30) -> dict[str, Any]:

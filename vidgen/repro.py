@@ -7,7 +7,15 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from vidgen import errors, fingerprint, likeness, outputs, provenance, video
+from vidgen import (
+  agreement,
+  errors,
+  fingerprint,
+  likeness,
+  outputs,
+  provenance,
+  video,
+)
 from vidgen.likeness import Likeness
 
 # What decides numbers, in the order in which it is named as the cause.
@@ -101,7 +109,7 @@ class Report:
 
   @property
   def verdict(self) -> str:
-    """Returns one of "identical", "equal to rounding" and "different"."""
+    """Returns one of those that `vidgen.likeness` names."""
     return self.outputs.verdict
 
   @property
@@ -147,6 +155,7 @@ def check(
   first: str | pathlib.Path,
   second: str | pathlib.Path,
   tolerance: float | None = None,
+  within_intervals: bool = False,
 ) -> Report:
   """Compares two runs, each a folder or a manifest in one.
 
@@ -155,17 +164,26 @@ def check(
     second: The other.
     tolerance: The largest difference that counts as rounding: of a pixel, in
       units of 0 to 255, or of a metric, relative; None asks for equal bits.
+    within_intervals: Compares two evaluations by their 95 % intervals.
 
   Raises:
-    InputError: There is no manifest, or nothing that could be compared.
+    InputError: There is no manifest, or nothing that could be compared; or
+      both a tolerance and intervals.
     CorruptError: A manifest is not as it was written.
   """
   if tolerance is not None and not tolerance >= 0:
     raise errors.InputError(f"--tolerance={tolerance}: give 0 or more.")
+  if tolerance is not None and within_intervals:
+    raise errors.InputError(
+      "--within_intervals: has no --tolerance; the intervals are it."
+    )
   sides = [read(first), read(second)]
   made = [likeness.outputs_of(s.manifest, s.folder, s.name) for s in sides]
   folders = (sides[0].folder, sides[1].folder)
-  like = likeness.compare(*made, folders, tolerance)
+  if within_intervals:
+    like = agreement.compare(*made, folders)
+  else:
+    like = likeness.compare(*made, folders, tolerance)
   found = differences(sides[0].manifest, sides[1].manifest)
   return Report(sides[0].name, sides[1].name, found, like)
 

@@ -11,14 +11,16 @@ usage: vidgen repro check A B [flags]
   --tolerance=X       calls runs equal to rounding that differ by X at most: in
                       a pixel, of 0 to 255 (of latents alone, their largest
                       value is 255), or in a metric, relative to it
+  --within_intervals  of check: compares two evaluations by their 95 %
+                      intervals, as two kinds of device must be compared
   --json=FILE         writes what was found there too
 
 check tells field by field what differs: what decides numbers, what should not,
 and outputs. Exit code 0 says that they are identical (the hashes of all frames,
-or of the final state), or equal to rounding; 1 that they differ, or that files
-are gone or not as they were written. The last line says why: the first recorded
-thing that they do not share. mp4 and gif show rounding worse than it is: keep
-png or npz beside them for --tolerance.
+or of the final state), equal to rounding or equal within intervals; 1 that they
+differ, or that files are gone or not as they were written. The last line says
+why: the first recorded thing that they do not share. mp4 and gif show rounding
+worse than it is: keep png or npz beside them for --tolerance.
 
 rerun runs the recorded command again, with the recorded text of its config, in
 the recorded directory; a line tells of each thing that has changed since, and
@@ -30,6 +32,7 @@ mean, 95 % interval by Student's t, and what the runs do not share besides.
 
 example
   vidgen repro check videos videos_of_another_day
+  vidgen repro check scores_of_gpu scores_of_tpu --within_intervals
   vidgen repro rerun videos --out=again
   vidgen repro report runs/seed0 runs/seed1 runs/seed2
 """
@@ -48,6 +51,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   for name in ("out", "json"):
     flags.DEFINE_string(name, None, "", flag_values=values)
   flags.DEFINE_float("tolerance", None, "", flag_values=values)
+  flags.DEFINE_bool("within_intervals", False, "", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> int:
@@ -61,6 +65,8 @@ def run(values: flags.FlagValues) -> int:
       "repro --help."
     )
   tolerance, out = values["tolerance"].value, values["out"].value
+  if values["within_intervals"].value and action != "check":
+    raise errors.InputError("--within_intervals: is for check.")
   if action == "report":
     table = seedtable.make(names)
     if out:
@@ -70,7 +76,7 @@ def run(values: flags.FlagValues) -> int:
   if action == "check":
     if out:
       raise errors.InputError("--out: is for rerun; check writes no folder.")
-    report = repro.check(*names, tolerance)
+    report = repro.check(*names, tolerance, values["within_intervals"].value)
   else:
     if not out:
       raise errors.InputError("--out is missing; name a new folder.")
