@@ -1,12 +1,13 @@
 r"""Times CogVideoX of full size on this device, from random weights.
 
-python tests/bench/gpu.py [--only=sample-2b,sample-5b,train-2b] [--rounds=2]
-    [--theirs] [--steps=50] [--remat=attention] [--small] [--json=FILE]
-    [--trace=DIR]
+python tests/bench/gpu.py [--rounds=2] [--theirs]
+    [--only=sample-2b,sample-5b,train-2b,train-2b-cached] [--steps=50]
+    [--remat=attention] [--small] [--json=FILE] [--trace=DIR]
 
 In bfloat16, on one device: a clip of 49 frames of 480x720 in 50 guided steps,
-with its text encoder and its decoder; and a training step of one such clip, its
-encoder and AdamW along. Of each, what the first call takes comes first, which
+with its text encoder and its decoder; a training step of one such clip, its
+encoder and AdamW along; and a step of latents that were encoded before, whose
+MFU no encoder lowers. Of each, what the first call takes comes first, which
 compiles; of a clip that is one step and the decoder. Times do not depend on
 what weights hold. --theirs times diffusers' pipeline in the same process, with
 torch.compile, where torch sees the device. MFU is the denoiser's FLOPs over its
@@ -39,7 +40,7 @@ from vidgen.models import base
 from vidgen.pipeline import Pipeline
 from vidgen.tasks import diffusion, sources
 
-CASES = ("sample-2b", "sample-5b", "train-2b")
+CASES = ("sample-2b", "sample-5b", "train-2b", "train-2b-cached")
 PROMPT = "a video"
 
 _ONLY = flags.DEFINE_list("only", list(CASES), "Which cases.")
@@ -169,11 +170,13 @@ def fill(infos: Any) -> Any:
   return jax.tree.map(make, infos, is_leaf=lambda x: hasattr(x, "shape"))
 
 
-def step(model: str, folder: pathlib.Path) -> dict[str, Any]:
-  """Times training steps of one clip."""
+def step(model: str, folder: pathlib.Path, cached: bool) -> dict[str, Any]:
+  """Times training steps of one clip, or of its latents and embedding."""
   size = (9, 32, 32) if _SMALL.value else (49, 480, 720)
   bucket = buckets.Bucket(*size, 1)
-  data = loader.DataConfig("video_folder", "data", buckets=(bucket,))
+  data = loader.DataConfig(
+    "video_folder", "data", buckets=(bucket,), cache="cache" if cached else None
+  )
   config = train.TrainConfig(
     task=diffusion.DiffusionTaskConfig(
       source=sources.Source(checkpoint=str(checkpoint(model, folder))),
@@ -273,10 +276,13 @@ def main(argv: list[str]) -> None:
   report: dict[str, Any] = {"device": jax.devices()[0].device_kind}
   print(report["device"])
   for case in _ONLY.value:
-    kind, model = case.split("-")
+    kind, model, *form = case.split("-")
     with tempfile.TemporaryDirectory() as folder:
       here = pathlib.Path(folder)
-      report[case] = (sample if kind == "sample" else step)(model, here)
+      if kind == "sample":
+        report[case] = sample(model, here)
+      else:
+        report[case] = step(model, here, form == ["cached"])
       if _THEIRS.value and kind == "sample":
         jax.clear_caches()
         report[f"{case}-diffusers"] = theirs(model, here / "theirs")
