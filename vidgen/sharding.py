@@ -294,6 +294,25 @@ def grid() -> tuple[int, int]:
   return (1, 1) if here is None else (here.rows, here.columns)
 
 
+def covered(height: int, width: int) -> bool:
+  """Returns whether frames of that size leave no device without its own part.
+
+  Where they do, some devices hold the same part. Frames that are not split at
+  all count as covered; so does, outside of `frames`, what only a batch splits.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return True
+  here = _grid.get()
+  if here is None:
+    batch = dict(_rules.get())["batch"]
+    return all(mesh.shape[n] == 1 for n in mesh.axis_names if n not in batch)
+  if here.rows * here.columns == 1:
+    return True
+  is_left = any(here.mesh.shape[name] > 1 for name in here.parts)
+  return not (is_left or height % here.rows or width % here.columns)
+
+
 def settle(x: Array) -> Array:
   """Lays frames out as whole axes of the mesh can say, near to how they are.
 

@@ -6,10 +6,12 @@ on a CPU the doors lead to 2-D convolutions, and to products of matrices where
 lowered: lowering for a TPU on a CPU gives the TPU's.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
@@ -46,6 +48,13 @@ def convolve(
   """
   if padding is None:
     padding = tuple(((size - 1) // 2,) * 2 for size in kernel.shape[:-2])
+  y = _convolve(stride, padding, x, kernel)
+  if sharding.covered(*x.shape[-3:-1]) and sharding.covered(*y.shape[-3:-1]):
+    return y
+  return _convolve_safely(stride, padding, x, kernel)
+
+
+def _convolve(stride: int, padding: tuple, x: Array, kernel: Array) -> Array:
   axes = "DHW"[5 - kernel.ndim :]
   return lax.conv_general_dilated(
     x,
@@ -55,6 +64,52 @@ def convolve(
     dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
     precision=layers.precision(x.dtype),
   )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _convolve_safely(
+  stride: int, padding: tuple, x: Array, kernel: Array
+) -> Array:
+  """The same with a gradient of the kernel that holds on every mesh.
+
+  XLA's partitioner takes that gradient for a convolution. Where several devices
+  have the same part of split frames it adds that part up as often, and the
+  gradient is that many times too large. Of products of matrices, one a tap, it
+  counts each part once.
+  """
+  return _convolve(stride, padding, x, kernel)
+
+
+def _convolve_safely_bwd(stride, padding, kept, d):
+  x, kernel = kept
+  run = functools.partial(_convolve, stride, padding)
+  (dx,) = jax.vjp(lambda x: run(x, kernel), x)[1](d)
+  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  summed = tuple(range(x.ndim - 1))
+  taps = []
+  for start in np.ndindex(kernel.shape[:-2]):
+    seen = tuple(
+      slice(first, first + stride * (size - 1) + 1, stride)
+      for first, size in zip(start, d.shape[1:-1], strict=True)
+    )
+    tap = lax.dot_general(
+      padded[:, *seen],
+      d,
+      ((summed, summed), ((), ())),
+      precision=layers.precision(x.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    taps.append(tap.astype(kernel.dtype))
+  return dx, jnp.stack(taps).reshape(kernel.shape)
+
+
+_convolve_safely.defvjp(
+  lambda stride, padding, x, kernel: (
+    _convolve(stride, padding, x, kernel),
+    (x, kernel),
+  ),
+  _convolve_safely_bwd,
+)
 
 
 def _per_frame(
@@ -232,7 +287,8 @@ def causal_conv3d(
   `history`, or, without one, the first frame twice.
   """
   frames = (x,) if history is None else (history, x)
-  return _causal(kernel, frames) + bias
+  run = _causal if sharding.covered(*x.shape[2:4]) else _causal_plain
+  return run(kernel, frames) + bias
 
 
 def frame_conv2d(
@@ -255,7 +311,10 @@ def upsample_conv2d(
   bias: Float[Array, " o"],
 ) -> Float[Array, "b f 2*h 2*w o"]:
   """Doubles each frame by nearest neighbour, then convolves it with 3x3."""
-  return _upsample(kernel, (x,)) + bias
+  h, w = x.shape[2:4]
+  is_covered = sharding.covered(h, w) and sharding.covered(2 * h, 2 * w)
+  run = _upsample if is_covered else _upsample_plain
+  return run(kernel, (x,)) + bias
 
 
 class _Conv(nn.Module):
