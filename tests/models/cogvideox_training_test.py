@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import linen as nn
@@ -13,7 +14,14 @@ from flax import linen as nn
 from tests import tiny_cogvideox, tiny_tokenizer
 from tests.parallel import equality
 from tests.parity import compare, transformer_test
-from vidgen import diffusion, errors, samplers, sharding, weights
+from vidgen import (
+  diffusion,
+  errors,
+  samplers,
+  sharding,
+  train_step,
+  weights,
+)
 from vidgen.models import base, cogvideox
 from vidgen.models.cogvideox import transformer, vae
 from vidgen.nn import posterior
@@ -344,3 +352,23 @@ def test_demo(words):
     {"text": struct((2, 32, 128))},
   )
   assert v.shape == (2, *plan.latents)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
+def test_more_devices_than_heads_begin(mesh):
+  """A batch takes them; the one sample of the first weights does not."""
+  mesh = sharding.make_mesh(mesh)
+  txs = {"transformer": optax.identity()}
+  make = functools.partial(
+    train_step.init,
+    lambda key: {"transformer": transformer.init(SMALL, key)},
+    ("transformer",),
+    txs,
+  )
+  _, places = train_step.shapes_and_places(make, mesh)
+  state = train_step.create(make, places, jax.random.key(0), mesh)
+  want = transformer.init(SMALL, jax.random.key(0))
+  want = jax.tree.leaves(nn.unbox(want))
+  got = jax.tree.leaves(state.params["transformer"])
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_array_equal(a, b)

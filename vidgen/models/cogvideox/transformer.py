@@ -344,7 +344,9 @@ class Transformer(nn.Module):
     p = config.patch_size
     grid = (f // (config.patch_size_t or 1), h // p, w // p)
     length = text.shape[1]
-    layouts.check_heads(config.num_attention_heads, len(latents))
+    if not self.is_initializing():
+      # Of one sample, no batch takes the mesh's axes.
+      layouts.check_heads(config.num_attention_heads, len(latents))
 
     temb = self._embed_time(timestep)
     video = PatchEmbed(
