@@ -434,6 +434,6 @@ def test_a_job_that_is_done_keeps_its_record(tmp_path, pipeline):
   assert (tmp_path / "out/manifest.json").read_bytes() == before
   said = io.StringIO()
   sample.run(dataclasses.replace(job, seed=9), progress.create(said))
-  assert "2 clips of other prompts, settings or weights are in" in (
+  assert f"2 clips are in {tmp_path / 'out'} already, of other prompts" in (
     said.getvalue()
   )

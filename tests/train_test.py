@@ -122,6 +122,11 @@ def test_two_runs_of_one_seed_are_bit_equal(undisturbed, tmp_path):
   assert losses(tmp_path / "other") != losses(workdir)
 
 
+def _files(folder):
+  """What a run's folder tells of it."""
+  return {path.name: path.read_bytes() for path in folder.glob("*.json*")}
+
+
 def test_a_run_in_two_goes_is_one_run(undisturbed, tmp_path):
   config, workdir = undisturbed
   train.run(tiny_training.replace(config, num_steps=2), tmp_path / "two")
@@ -129,8 +134,10 @@ def test_a_run_in_two_goes_is_one_run(undisturbed, tmp_path):
   before = kept.stat().st_ino
   train.run(tiny_training.replace(config, num_steps=2), tmp_path / "two")
   assert kept.stat().st_ino == before, "what is there is not written again"
+  told = _files(tmp_path / "two")
   with pytest.raises(errors.InputError, match="has made 2 already"):
     train.run(tiny_training.replace(config, num_steps=1), tmp_path / "two")
+  assert _files(tmp_path / "two") == told, "what is refused writes nothing"
   train.run(config, tmp_path / "two")
   same(final(tmp_path / "two"), final(workdir))
   assert losses(tmp_path / "two") == losses(workdir)
@@ -235,6 +242,17 @@ def restored(config, workdir):
   with train.open_folder(config, workdir) as folder:
     state = trainer.start(folder)
   return {n: np.asarray(x) for n, x in statetree.named(state).items()}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest-00000-of-2.json"])
+def test_workdir_of_another_command(undisturbed, tmp_path, name):
+  (tmp_path / "run").mkdir()
+  path = tmp_path / "run" / name
+  path.write_text('{"command": "sample"}')
+  with pytest.raises(errors.InputError) as error:
+    train.run(undisturbed[0], tmp_path / "run")
+  assert "is of vidgen sample, and vidgen train would write" in str(error.value)
+  assert [p.name for p in (tmp_path / "run").iterdir()] == [name]
 
 
 def test_workdir_of_another_config(undisturbed):

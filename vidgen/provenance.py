@@ -288,6 +288,28 @@ def recording(
   record.finish(None)
 
 
+def check_owner(path: pathlib.Path, command: str, flag: str) -> None:
+  """Raises InputError where a manifest is that of another command.
+
+  Args:
+    path: Where the manifest is, if there is one.
+    command: "sample", "train" and so on: whose it may be.
+    flag: Which flag names the folder, "out".
+  """
+  if not path.exists():
+    return
+  try:
+    there = outputs.read_json(path).get("command")
+  except errors.CorruptError:
+    there = None
+  if there != command:
+    what = f"of vidgen {there}" if there else "of nothing known here"
+    raise errors.InputError(
+      f"{path}: is {what}, and vidgen {command} would write over it; choose "
+      f"another --{flag}."
+    )
+
+
 def _begin(
   command: str,
   config: Any,

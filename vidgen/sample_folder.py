@@ -20,7 +20,6 @@ from jaxtyping import Float, UInt8
 
 from vidgen import (
   clips,
-  errors,
   fingerprint,
   ledger,
   modelmark,
@@ -146,9 +145,13 @@ class Folder:
     mine = {*self.names.values(), None}
     others = [n for n, r in held.items() if n not in mine and r["files"]]
     if others and sample_plan.shard_of(self._config)[1] == 1:
+      are, stay = (
+        ("clip is", "stays") if len(others) == 1 else ("clips are", "stay")
+      )
       say(
-        f"{len(others)} clips of other prompts, settings or weights are in "
-        f"{self.path}, and stay there"
+        f"{len(others)} {are} in {self.path} already, of other prompts, settings "
+        f"or weights, and {stay} there; {provenance.NAME} tells of the last job "
+        "alone, so give each --out of its own if they are to be checked"
       )
     formats = sample_plan.config_formats(self._config)
     done = np.zeros(len(wanted), bool)
@@ -308,7 +311,7 @@ def opened(config: sample_plan.SampleConfig) -> Iterator[Folder]:
     with contextlib.ExitStack() as stack:
       lines = None
       if jax.process_index() == 0:
-        _check_manifest(_manifest(config))
+        provenance.check_owner(_manifest(config), "sample", "out")
         lines = ledger.Ledger(path, *sample_plan.shard_of(config))
         stack.callback(lines.close)
       yield Folder(config, lines)
@@ -333,22 +336,6 @@ def _make(path: pathlib.Path) -> None:
       pass
   except OSError as error:
     raise video.storage_error(path, error) from error
-
-
-def _check_manifest(path: pathlib.Path) -> None:
-  """Raises InputError where a folder belongs to a run of another kind."""
-  if not path.exists():
-    return
-  try:
-    command = outputs.read_json(path).get("command")
-  except errors.CorruptError:
-    command = None
-  if command != "sample":
-    what = f"of vidgen {command}" if command else "of nothing known here"
-    raise errors.InputError(
-      f"{path}: is {what}, and sampling would write over it; choose another "
-      "--out."
-    )
 
 
 def _names(

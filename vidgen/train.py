@@ -99,6 +99,7 @@ def run(
   task = config.task.build(mesh)
   trainer = Trainer(config, task, mesh)
   trainer.check_data()
+  _check_folder(workdir, total)
   with (
     open_folder(config, workdir) as folder,
     provenance.recording(
@@ -112,11 +113,6 @@ def run(
       state = trainer.start(folder)
       frozen = task.frozen(mesh, **reading(config))
     begun = int(state.step)
-    if begun > total:
-      raise errors.InputError(
-        f"config: {total} steps, where {workdir} has made {begun} already; "
-        "set more, or another --workdir."
-      )
     meter.resume(begun)
     state = loop(trainer, state, frozen, folder, meter, stop, total)
     with meter.timing("checkpoint"):
@@ -163,6 +159,18 @@ def choose_mesh(
     )
 
   return layouts.make(config.mesh, need, devices)
+
+
+def _check_folder(workdir: pathlib.Path, total: int) -> None:
+  """Refuses a folder before anything is written to it."""
+  for path in (workdir / provenance.NAME, *workdir.glob(provenance.SHARDS)):
+    provenance.check_owner(path, "train", "workdir")
+  steps = runs.checkpoint_steps(workdir)
+  if steps and steps[-1] > total:
+    raise errors.InputError(
+      f"config: {total} steps, where {workdir} has made {steps[-1]} already; "
+      "set more, or another --workdir."
+    )
 
 
 def open_folder(config: TrainConfig, workdir: str | pathlib.Path) -> runs.Run:
