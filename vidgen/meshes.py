@@ -12,6 +12,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vidgen import errors
 
+# Of guidance, with the prompt and without.
+_BRANCHES = 2
+
 # From the slowest to the fastest links; `sharding` says what each is for.
 AXES = ("cfg", "data", "fsdp", "ring", "context", "tensor")
 
@@ -43,9 +46,12 @@ def make(
     raise errors.InputError(
       f"mesh: {sizes} needs {count} devices, there are {len(devices)}."
     )
-  if count < len(devices) and jax.process_count() > 1:
+  together = "processes" if jax.process_count() > 1 else None
+  if count > 1 and devices[0].platform == "tpu":
+    together = "TPUs"
+  if count < len(devices) and together:
     raise errors.InputError(
-      f"mesh: {sizes} takes {count} of {len(devices)} devices, but processes "
+      f"mesh: {sizes} takes {count} of {len(devices)} devices, but {together} "
       "that run together must use all; let one axis be -1."
     )
   devices = _arrange(shape, devices[:count])
@@ -64,6 +70,11 @@ def _shape(sizes: dict[str, Any], count: int) -> list[int]:
   if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
     raise errors.InputError(
       f"mesh: sizes must be positive, one may be -1: {sizes}."
+    )
+  if shape[AXES.index("cfg")] > _BRANCHES:
+    raise errors.InputError(
+      f"mesh: cfg={sizes['cfg']}, but guidance has {_BRANCHES} branches; split "
+      "a batch by data."
     )
   if -1 in shape:
     known = -math.prod(shape)

@@ -145,13 +145,11 @@ class Folder:
     mine = {*self.names.values(), None}
     others = [n for n, r in held.items() if n not in mine and r["files"]]
     if others and sample_plan.shard_of(self._config)[1] == 1:
-      are, stay = (
-        ("clip is", "stays") if len(others) == 1 else ("clips are", "stay")
-      )
+      are = "clip is" if len(others) == 1 else "clips are"
       say(
-        f"{len(others)} {are} in {self.path} already, of other prompts, settings "
-        f"or weights, and {stay} there; {provenance.NAME} tells of the last job "
-        "alone, so give each --out of its own if they are to be checked"
+        f"{len(others)} {are} in {self.path} already, of other prompts, "
+        f"settings or weights; they stay, but {provenance.NAME} tells of the "
+        "last job alone: give each its own --out if it is to be checked"
       )
     formats = sample_plan.config_formats(self._config)
     done = np.zeros(len(wanted), bool)
