@@ -8,9 +8,10 @@ vidgen encode --config=configs/demo_dit_train.py --out=runs/demo_cache
 vidgen train --config=configs/demo_dit_train.py --workdir=runs/demo_dit
 
 Hardware: 2 CPU cores, 4 GB.
-Cost: see README.md, "The small model".
-Expect: the figures of README.md, which `python tests/bench/demo_report.py
---checkpoint=runs/demo_dit/published` prints.
+Cost: see README.md, "A small model on two cores".
+Expect: demo_dit_longer_train.py goes on from here, to the figures of README.md;
+`python tests/bench/demo_report.py --checkpoint=runs/demo_dit/published` prints
+those of this one.
 Stages: motion binds to its words on black backgrounds first, where the shape is
 always the brighter thing; noise levels are mostly high, where the text decides.
 Then all motions, then all backgrounds, then two shapes, then all levels alike.

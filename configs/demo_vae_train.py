@@ -4,7 +4,7 @@ vidgen prepare --dataset=moving_shapes --data_dir=data
 vidgen train --config=configs/demo_vae_train.py --workdir=runs/demo_vae
 
 Hardware: 2 CPU cores, 4 GB.
-Cost: see README.md, "The small model".
+Cost: see README.md, "A small model on two cores".
 Expect: at least 30 dB PSNR on validation clips.
 Stages: single frames first, in which the past taps of the causal kernels stay
 zero, then clips of 9 frames, at last with small steps. Clips of 17 take twice

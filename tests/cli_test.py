@@ -116,8 +116,9 @@ def test_mistaken_commands(capsys):
     (["--promt=a"], "--promt: there is no such flag. Did you mean --pro"),
     (["--num_steps=3"], "Use --config.num_steps=VALUE."),
     (["--config.num_step=3"], "Did you mean num_steps?"),
-    (["--config.num_steps=abc"], "--config.num_steps=abc: invalid"),
-    (["--config.num_steps=2.5"], "--config.num_steps=2.5: invalid"),
+    (["--config.num_steps=abc"], "=abc: must be a whole number."),
+    (["--config.num_steps=2.5"], "=2.5: must be a whole number."),
+    (["--config.guidance_scale=x"], "=x: must be a number."),
     (["--config.tiling=maybe"], "--config.tiling=maybe: "),
     (["--config.mesh.cfg=two"], "--config.mesh.cfg=two: must be of type"),
     (["--config.mesh=2"], "mesh: '2' is unknown; give auto, one of data,"),
@@ -143,6 +144,20 @@ def test_a_mistaken_field_of_a_field(capsys, tmp_path):
   line = fails(capsys, "train", config, workdir, "--config.task.los.l1=2.0")
   assert "AutoencoderTaskConfig has no field 'los'" in line
   assert line.endswith("Did you mean loss?")
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("stages.0.num_steps=3", "a field of one, --config.stages[0].num_steps="),
+    ("stages=3", "set a field of one, --config.stages[0].FIELD=VALUE."),
+    ("stages[9].num_steps=3", "a --config.FIELD[N] counts from 0"),
+  ],
+)
+def test_a_mistaken_field_of_a_stage(capsys, tmp_path, flag, message):
+  config = "--config=configs/demo_vae_train.py"
+  workdir = f"--workdir={tmp_path / 'run'}"
+  assert message in fails(capsys, "train", config, workdir, f"--config.{flag}")
 
 
 @pytest.mark.parametrize(

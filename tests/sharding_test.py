@@ -1,5 +1,7 @@
 """Meshes, and what of an array goes where."""
 
+import types
+
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
@@ -19,12 +21,21 @@ from vidgen import errors, sharding
       {"data": -1, "tensor": 3},
       "does not divide the 8.*nearest that does is 2",
     ),
+    ({"cfg": 3}, "cfg=3, but guidance has 2 branches"),
+    ({"cfg": -1}, "cfg=8, but guidance has 2 branches"),
     ("auto", "does not map"),
   ],
 )
 def test_bad_meshes_are_errors(mesh, reason):
   with pytest.raises(errors.InputError, match=reason):
     sharding.make_mesh(mesh)
+
+
+def test_tpus_are_taken_one_or_all():
+  """Their compiler dies of less, and of a mesh of some there is none."""
+  devices = [types.SimpleNamespace(platform="tpu")] * 8
+  with pytest.raises(errors.InputError, match="takes 6 of 8 devices, but TPUs"):
+    sharding.make_mesh({"cfg": 2, "context": 3}, devices)
 
 
 def test_minus_one_takes_the_rest():

@@ -127,7 +127,7 @@ def _files(folder):
   return {path.name: path.read_bytes() for path in folder.glob("*.json*")}
 
 
-def test_a_run_in_two_goes_is_one_run(undisturbed, tmp_path):
+def test_a_run_in_two_goes_is_one_run(undisturbed, tmp_path, capsys):
   config, workdir = undisturbed
   train.run(tiny_training.replace(config, num_steps=2), tmp_path / "two")
   kept = tmp_path / "two/checkpoints/000000002"
@@ -138,7 +138,9 @@ def test_a_run_in_two_goes_is_one_run(undisturbed, tmp_path):
   with pytest.raises(errors.InputError, match="has made 2 already"):
     train.run(tiny_training.replace(config, num_steps=1), tmp_path / "two")
   assert _files(tmp_path / "two") == told, "what is refused writes nothing"
+  assert "begins: 2 steps" in capsys.readouterr().err
   train.run(config, tmp_path / "two")
+  assert "goes on from step 2 of 6" in capsys.readouterr().err
   same(final(tmp_path / "two"), final(workdir))
   assert losses(tmp_path / "two") == losses(workdir)
 

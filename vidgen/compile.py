@@ -164,8 +164,8 @@ class Report:
       head,
       *(_row(program) for program in self.programs),
       "",
-      "GiB of a device. Seconds of one run, were compute, memory or links all",
-      "that took time; the slowest bounds the MFU.",
+      "GiB of a device. Seconds of one run, were compute (of the denoiser),",
+      "memory or links all that took time; the slowest bounds the MFU.",
       *([_SLICES] if "*" in self.topology else []),
       *([_LEAST] if any(p.effort == "least" for p in self.programs) else []),
       "",
@@ -200,7 +200,9 @@ def _row(program: Result) -> str:
   has_mfu = bool(bound and program.model_flops)
   cells = [f"{size / _GIB:.2f}" for size in sizes]
   cells += ["yes" if program.fits else "NO"]
-  cells += [f"{s:.3g}" for s in bound.values()] or ["-"] * 3
+  seconds = [f"{s:.3g}" for s in bound.values()] or ["-"] * 3
+  # What is no denoiser's is not counted.
+  cells += seconds if program.model_flops else ["-", *seconds[1:]]
   cells += [f"{_mfu_bound(bound):.0%}" if has_mfu else "-"]
   star = "*" if program.effort == "least" else ""
   cells += [f"{program.compile_seconds:.1f} s{star}"]

@@ -71,11 +71,6 @@ def _shape(sizes: dict[str, Any], count: int) -> list[int]:
     raise errors.InputError(
       f"mesh: sizes must be positive, one may be -1: {sizes}."
     )
-  if shape[AXES.index("cfg")] > _BRANCHES:
-    raise errors.InputError(
-      f"mesh: cfg={sizes['cfg']}, but guidance has {_BRANCHES} branches; split "
-      "a batch by data."
-    )
   if -1 in shape:
     known = -math.prod(shape)
     if count % known:
@@ -85,6 +80,11 @@ def _shape(sizes: dict[str, Any], count: int) -> list[int]:
         f"{nearest_divisor(count, known)}."
       )
     shape[shape.index(-1)] = count // known
+  if (cfg := shape[AXES.index("cfg")]) > _BRANCHES:
+    raise errors.InputError(
+      f"mesh: cfg={cfg}, but guidance has {_BRANCHES} branches; split a batch "
+      "by data."
+    )
   return shape
 
 

@@ -151,6 +151,9 @@ class SampleJob:
     size = plan.num_frames, plan.height, plan.width
     branches = 1 if plan.guidance is None else 2
     count, starts = config.batch_size, config.video is not None
+    # Conditions are made clip by clip, all else of the whole batch.
+    runs = {stage.stage: count for stage, _ in pipeline.conditioners}
+    runs["denoise"] = len(plan.schedule)
     flops = {"denoise": count * branches * model.flops(*size)}
     programs = []
     for one in ahead.programs(pipeline, plan, count, starts):
@@ -164,7 +167,7 @@ class SampleJob:
           resident_bytes=others if config.residency == "all" else 0,
           given_bytes=bytes_of(one.args),
           model_flops=flops.get(one.name, 0.0),
-          runs=len(plan.schedule) if is_step else 1,
+          runs=runs.get(one.name, 1),
         )
       )
     return mesh, programs

@@ -92,8 +92,8 @@ def run(
   """
   total = check(config)
   mesh, why = choose_mesh(config)
-  if why and jax.process_index() == 0:
-    print(why, file=sys.stderr)
+  if why:
+    _say(why)
   workdir = pathlib.Path(workdir)
   # A folder is made once all is checked that can be without the weights.
   task = config.task.build(mesh)
@@ -113,6 +113,11 @@ def run(
       state = trainer.start(folder)
       frozen = task.frozen(mesh, **reading(config))
     begun = int(state.step)
+    _say(
+      f"goes on from step {begun} of {total}"
+      if begun
+      else f"begins: {total} steps; the first of each size compiles"
+    )
     meter.resume(begun)
     state = loop(trainer, state, frozen, folder, meter, stop, total)
     with meter.timing("checkpoint"):
@@ -159,6 +164,11 @@ def choose_mesh(
     )
 
   return layouts.make(config.mesh, need, devices)
+
+
+def _say(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _check_folder(workdir: pathlib.Path, total: int) -> None:

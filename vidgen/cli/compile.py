@@ -40,7 +40,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
   from vidgen import sample, train
 
-  parse.require_config(argv, "configs/cogvideox_5b_sample.py")
+  parse.require_config(argv, "configs/cogvideox_5b_sample.py", "a job")
   kinds = (sample.SampleConfig, train.TrainConfig)
   parse.define_config(values, argv, kinds, "")
   for name in ("topology", "json", "save"):

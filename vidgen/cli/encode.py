@@ -37,7 +37,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   from vidgen import encode, train
   from vidgen.data import cache as caches
 
-  parse.require_config(argv, "configs/demo_dit_train.py")
+  parse.require_config(argv, "configs/demo_dit_train.py", "a training run")
   parse.define_config(values, argv, train.TrainConfig, "")
   options = encode.Options()
   flags.DEFINE_string("out", None, "", flag_values=values)

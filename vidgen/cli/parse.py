@@ -73,8 +73,7 @@ def parse(
   except flags.UnrecognizedFlagError as error:
     raise errors.InputError(_unknown(error.flagname, values)) from error
   except flags.Error as error:
-    text = str(error).removeprefix("flag ")
-    raise errors.InputError(text) from error
+    raise errors.InputError(_of_flag(str(error))) from error
   values.__dict__["_rest"] = tuple(others)
   if others and not takes_rest:
     raise errors.InputError(
@@ -82,6 +81,17 @@ def parse(
       "spaces needs quotes."
     )
   return values
+
+
+def _of_flag(text: str) -> str:
+  """Returns what absl says of a flag, a number's type by its usual name."""
+  text = text.removeprefix("flag ")
+  return re.sub(
+    r"(?:invalid literal for int\(\) with base 10|could not convert string to "
+    r"float): .*",
+    lambda m: f"must be {'a whole ' if 'int' in m[0] else 'a '}number.",
+    text,
+  )
 
 
 def define_config(
@@ -142,12 +152,13 @@ def define_config(
     getattr(config, field)[key] = _entry(name, kind, text)
 
 
-def require_config(argv: list[str], example: str) -> None:
+def require_config(argv: list[str], example: str, kind: str) -> None:
   """Checks that a config is named, of which there is no default.
 
   Args:
     argv: The command line.
     example: The path of a config that would do.
+    kind: What it is a config of.
 
   Raises:
     InputError: None is.
@@ -155,7 +166,7 @@ def require_config(argv: list[str], example: str) -> None:
   names = (a.lstrip("-").split("=")[0] for a in argv[1:] if a.startswith("-"))
   if "config" not in names:
     raise errors.InputError(
-      "--config is missing; name the config of a training run, for example "
+      f"--config is missing; name the config of {kind}, for example "
       f"--config={example}."
     )
 
@@ -194,6 +205,12 @@ def _check_overrides(
         f"--config.{match[1]}: the config has no such field."
         f"{prompts.closest(name, fields)}"
       )
+    if not index and _is_list(fields[name]):
+      below = re.sub(r"^\d+\.", "", below or "") or "FIELD"
+      raise errors.InputError(
+        f"--config.{match[1]}: {name} holds several; set a field of one, "
+        f"--config.{name}[0].{below}=VALUE."
+      )
     if below and not (_is_nested(fields[name]) or index):
       raise errors.InputError(
         f"--config.{match[1]}: {name} is one value; set --config.{name}."
@@ -217,6 +234,12 @@ def _is_union(kind: Any) -> bool:
 def _is_nested(kind: Any) -> bool:
   """Says whether a field may have fields of its own."""
   return kind is Any or dataclasses.is_dataclass(kind)
+
+
+def _is_list(kind: Any) -> bool:
+  """Says whether a field holds several values with fields of their own."""
+  kinds = typing.get_args(kind)
+  return typing.get_origin(kind) is tuple and dataclasses.is_dataclass(kinds[0])
 
 
 def _entry(name: str, kind: Any, text: str) -> Any:
@@ -256,6 +279,8 @@ def _explain(path: str, error: Exception) -> str:
       )
   if not at and isinstance(error, flags.Error):
     return last.removeprefix("flag ")
+  if not at and isinstance(error, IndexError):
+    return f"{path}: a --config.FIELD[N] counts from 0, and has no such N."
   if not isinstance(error, flags.Error):
     last = f"{type(error).__name__}: {last}"
   return f"{path}{f':{at[-1]}' if at else ''}: {last}"

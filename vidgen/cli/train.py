@@ -10,6 +10,7 @@ usage: vidgen train --config=FILE --workdir=DIR [flags]
 any field of the config, --config.FIELD=VALUE
   seed num_steps accumulate ema_decay mesh.AXIS checkpoint_every keep
   sample_every log_every spike_sigmas max_skipped task.FIELD ...
+  stages[0].num_steps stages[0].data.FIELD stages[0].rate.FIELD ...
 
 The same command goes on where the last one ended. It ends with exit code 0 when
 done, 75 when it was asked to stop (SIGTERM) and saved, and 4 when training
@@ -38,7 +39,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   # Imported here: --help needs none of it.
   from vidgen import train
 
-  parse.require_config(argv, "configs/demo_vae_train.py")
+  parse.require_config(argv, "configs/demo_vae_train.py", "a training run")
   parse.define_config(values, argv, train.TrainConfig, "")
   flags.DEFINE_string("workdir", None, "", flag_values=values)
 
