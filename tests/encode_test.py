@@ -55,7 +55,7 @@ def losses(config):
   mesh = sharding.make_mesh(None)
   task = config.task.build(mesh)
   trainer = train.Trainer(config, task, mesh)
-  params = task.start(trainer.places.params)
+  params = task.start(trainer.places.params, jax.random.key(0))
   every = {**task.frozen(mesh), **params}
   loss, told = jax.jit(lambda *args: task._loss(*args)), []
   for batch in trainer.batches(config.stages[0], 0, 0, 4):

@@ -36,7 +36,7 @@ class Toy:
   def init(self, key):
     return {"line": {"kernel": jax.random.normal(key, (8, 4))}}
 
-  def start(self, places):
+  def start(self, places, key):
     return {}
 
   def reads(self):

@@ -86,7 +86,7 @@ class Trainer:
       return restored[1]
     key = train_step.key_of(self.config.seed, train_step.INIT)
     state = train_step.create(self._make, self.places, key, self.mesh)
-    given = self.task.start(self.places.params)
+    given = self.task.start(self.places.params, key)
     if not given:
       return state
     copy = lambda tree: jax.tree.map(lambda x: x.copy(), tree)

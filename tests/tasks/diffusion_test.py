@@ -39,7 +39,8 @@ def test_the_autoencoder_is_published_as_exact_as_it_encoded(
     for part in task.model.components
     if part.name in task.groups
   }
-  task.publish(tmp_path / "out", task.start(places), task.frozen(mesh))
+  params = task.start(places, jax.random.key(0))
+  task.publish(tmp_path / "out", params, task.frozen(mesh))
   source = tensors(checkpoint, "vae")
   got = tensors(tmp_path / "out", "vae")
   assert got.keys() == source.keys()
@@ -76,7 +77,7 @@ def test_a_run_from_caches_keeps_no_encoder_that_it_does_not_read(
   assert {*task.frozen(mesh, cached=True, sampled=False)} == {"empty_text"}
   denoiser = {part.name: part for part in task.model.components}["transformer"]
   places = sharding.shardings(denoiser.shapes(), mesh)
-  params = task.start({"transformer": places})
+  params = task.start({"transformer": places}, jax.random.key(0))
   for name, frozen in (("every", every), ("cached", cached)):
     task.publish(tmp_path / name, params, frozen)
   for path in sorted((tmp_path / "every").rglob("*.safetensors")):

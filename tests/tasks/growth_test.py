@@ -49,7 +49,7 @@ def grow(folder, config):
   part = component(config)
   mesh = sharding.make_mesh(None)
   places = sharding.shardings(part.shapes(), mesh)
-  return growth.load(folder, part, places, jnp.float32)
+  return growth.load(folder, part, places, jnp.float32, jax.random.key(0))
 
 
 def run(params, config, vector, *, images=False, frames=3):
@@ -127,8 +127,10 @@ def test_parts_that_are_learnt_anew(tmp_path):
     tmp_path / "video", part, shardings=places, dtype=jnp.float32
   )
   parts = ["vector_embedding", "conv_in/kernel"]
-  new = growth.renew(part, params, places, parts, jnp.float32)
-  fresh = weights.flatten(nn.unbox(jax.jit(part.init)(jax.random.key(0))))
+  new = growth.renew(
+    part, params, places, parts, jnp.float32, jax.random.key(1)
+  )
+  fresh = weights.flatten(nn.unbox(jax.jit(part.init)(jax.random.key(1))))
   changed = set()
   for path, leaf in weights.flatten(new).items():
     anew = path.startswith("vector_embedding/") or path == "conv_in/kernel"
@@ -137,4 +139,6 @@ def test_parts_that_are_learnt_anew(tmp_path):
   assert len(changed) == 5
   for wrong in ("conv", "conv_in/kern", "vector_embedding/in/kernel/x"):
     with pytest.raises(errors.InputError, match=f"no {wrong}; it has.*conv_in"):
-      growth.renew(part, params, places, [wrong], jnp.float32)
+      growth.renew(
+        part, params, places, [wrong], jnp.float32, jax.random.key(1)
+      )

@@ -1,5 +1,6 @@
 """Where the model of a task comes from."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ def checkpoint(tmp_path_factory):
   return tiny_training.checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-def load(checkpoint, name, **fields):
+def load(checkpoint, name, key=None, **fields):
   opened = sources.Opened(sources.Source(checkpoint=checkpoint, **fields))
   mesh = sharding.make_mesh(None)
   places = sharding.shardings(opened.components[name].shapes(), mesh)
-  return weights.flatten(opened.load(name, places, jnp.float32))
+  return weights.flatten(opened.load(name, places, jnp.float32, key))
 
 
 def test_a_part_of_a_network_starts_from_scratch(checkpoint):
@@ -30,6 +31,25 @@ def test_a_part_of_a_network_starts_from_scratch(checkpoint):
   other = load(checkpoint, "vae", scratch=(f"text_encoder/{part}",))
   for path, leaf in load(checkpoint, "vae").items():
     np.testing.assert_array_equal(other[path], leaf)
+
+
+def test_the_key_decides_what_is_learnt_anew_alone(checkpoint):
+  part = "blocks/attention"
+  one, other = (
+    load(
+      checkpoint,
+      "text_encoder",
+      jax.random.key(seed),
+      scratch=(f"text_encoder/{part}",),
+    )
+    for seed in (0, 1)
+  )
+  kernels = {p for p in one if p.startswith(f"{part}/") and "kernel" in p}
+  assert kernels
+  for path in one:
+    same = np.array_equal(one[path], other[path])
+    assert not (same and path in kernels)
+    assert same or path.startswith(f"{part}/")
 
 
 @pytest.mark.parametrize(

@@ -255,9 +255,11 @@ class AutoencoderTask:
       params["discriminator"] = variables["params"]
     return params
 
-  def start(self, places: dict[str, PyTree]) -> dict[str, PyTree]:
+  def start(
+    self, places: dict[str, PyTree], key: Key[Array, ""]
+  ) -> dict[str, PyTree]:
     """Returns nothing: every group starts at random."""
-    del places
+    del places, key
     return {}
 
   def reads(self) -> dict[str, pathlib.Path]:

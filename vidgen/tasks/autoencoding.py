@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from vidgen import checkpoint, errors, publish, sharding
 from vidgen.data import buckets, loader
@@ -122,8 +122,11 @@ class AutoencoderRun(autoencoder.AutoencoderTask):
       return {}
     return {VAE: checkpoint.resolve(self._run.checkpoint) / VAE}
 
-  def start(self, places: dict[str, PyTree]) -> dict[str, PyTree]:
+  def start(
+    self, places: dict[str, PyTree], key: Key[Array, ""]
+  ) -> dict[str, PyTree]:
     """Returns the autoencoder of the checkpoint that the run starts from."""
+    del key
     if self._run.checkpoint is None:
       return {}
     folder = checkpoint.resolve(self._run.checkpoint)

@@ -50,8 +50,15 @@ class Task(Protocol):
   def init(self, key: Key[Array, ""]) -> dict[str, PyTree]:
     """Returns random parameters by group, float32, boxed with logical axes."""
 
-  def start(self, places: dict[str, PyTree]) -> dict[str, PyTree]:
-    """Returns the groups that start from a checkpoint, on their devices."""
+  def start(
+    self, places: dict[str, PyTree], key: Key[Array, ""]
+  ) -> dict[str, PyTree]:
+    """Returns the groups that start from a checkpoint, on their devices.
+
+    Args:
+      places: The sharding of each parameter, by group.
+      key: Decides what the checkpoint has not.
+    """
 
   def reads(self) -> dict[str, pathlib.Path]:
     """Returns the folders of weights and words that it reads, by name."""

@@ -195,10 +195,13 @@ class DiffusionTask:
         params[name] = components[name].init(keys[name])
     return params
 
-  def start(self, places: dict[str, PyTree]) -> dict[str, PyTree]:
+  def start(
+    self, places: dict[str, PyTree], key: Key[Array, ""]
+  ) -> dict[str, PyTree]:
+    keys = jax.random.split(key, len(self.groups))
     return {
-      name: self._opened.load(name, places[name], jnp.float32)
-      for name in self.groups
+      name: self._opened.load(name, places[name], jnp.float32, one)
+      for name, one in zip(self.groups, keys, strict=True)
       if name in self._opened.components and not self._opened.is_scratch(name)
     }
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 
 from vidgen import checkpoint, errors, tensorfile, weights
 from vidgen.models import base
@@ -26,6 +26,7 @@ def load(
   component: base.Component,
   places: PyTree,
   dtype: DTypeLike,
+  key: Key[Array, ""],
 ) -> PyTree:
   """Returns the parameters of a component, in `places`.
 
@@ -34,6 +35,7 @@ def load(
     component: The network; the tables of it say what the files are.
     places: The sharding of each parameter.
     dtype: Of the parameters.
+    key: Decides those that no file has.
 
   Raises:
     InputError: The folder has another layout.
@@ -52,7 +54,8 @@ def load(
   theirs = {path: _their_shape(files, table, path, shapes) for path in found}
   read = weights.load(files, table, theirs, dtype=dtype)
   spots = weights.flatten(places)
-  params = _new(component, {p: spots[p] for p in spots if p not in read})
+  missing = {p: spots[p] for p in spots if p not in read}
+  params = _new(component, missing, key)
   for path in found:
     whole = _widened(np.asarray(read.pop(path)), shapes[path].shape)
     params[path] = jax.device_put(whole.astype(dtype), spots[path])
@@ -66,6 +69,7 @@ def renew(
   places: PyTree,
   parts: Sequence[str],
   dtype: DTypeLike,
+  key: Key[Array, ""],
 ) -> PyTree:
   """Returns the parameters, of which some parts are as a new network has them.
 
@@ -75,6 +79,7 @@ def renew(
     places: The sharding of each parameter.
     parts: Paths of parameters, or what these begin with.
     dtype: Of the parameters.
+    key: Decides them.
 
   Raises:
     InputError: No parameter has such a path.
@@ -88,18 +93,20 @@ def renew(
         f"{', '.join(sorted({p.split('/')[0] for p in spots}))}."
       )
     again |= of_part
-  new = {p: x.astype(dtype) for p, x in _new(component, again).items()}
+  new = {p: x.astype(dtype) for p, x in _new(component, again, key).items()}
   return weights.unflatten(weights.flatten(params) | new, places)
 
 
-def _new(component: base.Component, places: dict[str, Any]) -> dict[str, Any]:
+def _new(
+  component: base.Component, places: dict[str, Any], key: Key[Array, ""]
+) -> dict[str, Any]:
   """Parameters as a new network has them, of some paths, in their places."""
 
   def make(key):
     leaves = weights.flatten(nn.unbox(component.init(key)))
     return {path: leaves[path] for path in places}
 
-  return jax.jit(make, out_shardings=places)(jax.random.key(0))
+  return jax.jit(make, out_shardings=places)(key)
 
 
 def _cover(

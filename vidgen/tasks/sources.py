@@ -10,10 +10,11 @@ import weakref
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 
 from vidgen import checkpoint, errors, models, sharding
 from vidgen.encoders import word_tokenizer
@@ -146,21 +147,34 @@ class Opened:
     changed = {*self._source.grow, *self._renewed}
     return not self.is_scratch(name) and name not in changed
 
-  def load(self, name: str, places: PyTree | None, dtype: DTypeLike) -> PyTree:
-    """Returns the weights of a component, in `places`.
+  def load(
+    self,
+    name: str,
+    places: PyTree | None,
+    dtype: DTypeLike,
+    key: Key[Array, ""] | None = None,
+  ) -> PyTree:
+    """Returns the weights of a component.
 
-    None gives arrays of numpy, of a component that is as saved.
+    Args:
+      name: Of the component.
+      places: The sharding of each; None gives arrays of numpy, of a component
+        that is as saved.
+      dtype: Of the weights.
+      key: Decides those that are learnt anew; None, of what is not trained, is
+        the same for every run.
     """
+    key = jax.random.key(0) if key is None else key
     home, component = self.home(name), self.components[name]
     if name in self._source.grow:
-      params = growth.load(home, component, places, dtype)
+      params = growth.load(home, component, places, dtype, key)
     else:
       params = checkpoint.load_component(
         home, component, shardings=places, dtype=dtype
       )
     if name in self._renewed:
       params = growth.renew(
-        component, params, places, self._renewed[name], dtype
+        component, params, places, self._renewed[name], dtype, key
       )
     return params
 
