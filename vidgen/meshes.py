@@ -44,7 +44,8 @@ def make(
   count = math.prod(shape)
   if count > len(devices):
     raise errors.InputError(
-      f"mesh: {sizes} needs {count} devices, there are {len(devices)}."
+      f"mesh: {sizes} needs {count} devices, there are {len(devices)}; give "
+      "sizes that multiply to no more, or auto."
     )
   together = "processes" if jax.process_count() > 1 else None
   if count > 1 and devices[0].platform == "tpu":

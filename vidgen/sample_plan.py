@@ -191,10 +191,11 @@ def check(config: SampleConfig) -> None:
         f"config: formats may hold {', '.join(clips.FORMATS)}, not {name!r}."
         f"{prompts.closest(name, clips.FORMATS)}"
       )
-  # Files of video would hold a smaller one as another.
-  if config.fps is not None and not 0.001 <= config.fps <= 1000:
+  # Files of video would hold a smaller one as another, and a GIF has no longer
+  # delay than eleven minutes.
+  if config.fps is not None and not 0.01 <= config.fps <= 1000:
     raise errors.InputError(
-      f"config: fps must be from 0.001 to 1000, not {config.fps}."
+      f"config: fps must be from 0.01 to 1000, not {config.fps}."
     )
   fields = {field.name for field in dataclasses.fields(config)}
   fields |= {"output", "clips", "progress", "latents"}

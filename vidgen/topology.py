@@ -32,6 +32,11 @@ class Chip(NamedTuple):
   link_bandwidth: float
   dimensions: int
 
+  @property
+  def example(self) -> str:
+    """A slice that there is."""
+    return f"{self.name}:{'2x4' if self.dimensions == 2 else '4x4x4'}"
+
 
 def _gib(number: float) -> int:
   return int(number * 2**30)
@@ -96,10 +101,9 @@ def parse(name: str) -> tuple[int, Chip, tuple[int, ...]]:
   sides = tuple(int(side) for side in match[3].split("x"))
   slices = int(match[1] or 1)
   if len(sides) != chip.dimensions or 0 in (*sides, slices):
-    example = "2x4" if chip.dimensions == 2 else "4x4x4"
     raise errors.InputError(
       f"topology: {name!r}: a {chip.name} slice has {chip.dimensions} sides, "
-      f"for example {chip.name}:{example}."
+      f"for example {chip.example}."
     )
   return slices, chip, sides
 
@@ -136,7 +140,8 @@ def find(name: str) -> Topology:
     )
   except Exception as error:  # The runtime's own types differ by version.
     raise errors.InputError(
-      f"topology: {name}: {str(error).splitlines()[0]}"
+      f"topology: {name}: {str(error).splitlines()[0]}; "
+      f"there is {chip.example}, for example."
     ) from error
   return Topology(name, chip, list(description.devices))
 
