@@ -73,6 +73,7 @@ def test_it_does_what_prompts_say(pipeline):
     assert accuracy[name]["rate"] >= 0.8, name
 
 
+@pytest.mark.slow
 def test_it_reads_the_order_of_words(pipeline):
   """Of one shape and of two, of which the first one named is the left one."""
   ways = {

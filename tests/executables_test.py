@@ -78,6 +78,13 @@ def test_what_a_plan_needs_is_compiled_while_weights_load(checkpoint, want):
   assert compiled(pipeline) == 0
 
 
+def test_a_batch_is_compiled_while_weights_load(checkpoint):
+  check = lambda model, folder: [model.plan(base.Request(**REQUEST))]
+  pipeline = vidgen.load(checkpoint, dtype="float32", check=check, batch_size=2)
+  assert len(pipeline.sample(["a panda", "a kite"], **REQUEST)) == 2
+  assert compiled(pipeline) == 0
+
+
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
   """Where programs are kept from one job to the next."""
@@ -154,20 +161,21 @@ def test_another_job_keeps_its_own(checkpoint, kept, monkeypatch):
   model = vidgen.load(checkpoint, dtype="float32").model
   plan = lambda **request: model.plan(base.Request(**REQUEST, **request))
   identity = {"model": "x"}
-  known = executables.kept(identity, [plan()])
-  assert known == executables.kept(identity, [plan()])
+  known = executables.kept(identity, [plan()], 1)
+  assert known == executables.kept(identity, [plan()], 1)
   monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
   others = [
-    executables.kept(identity, [plan()]),
-    executables.kept({"model": "y"}, [plan()]),
-    executables.kept(identity, [plan(num_frames=1)]),
-    executables.kept(identity, [plan(guidance_scale=1.0)]),
+    executables.kept(identity, [plan()], 1),
+    executables.kept({"model": "y"}, [plan()], 1),
+    executables.kept(identity, [plan()], 2),
+    executables.kept(identity, [plan(num_frames=1)], 1),
+    executables.kept(identity, [plan(guidance_scale=1.0)], 1),
   ]
   monkeypatch.setattr(environment, "instructions", lambda: "sse")
-  others.append(executables.kept(identity, [plan()]))
-  assert len({known, *others}) == 6
+  others.append(executables.kept(identity, [plan()], 1))
+  assert len({known, *others}) == 7
   monkeypatch.setattr(executables, "folder", None)
-  assert executables.kept(identity, [plan()]) is None
+  assert executables.kept(identity, [plan()], 1) is None
 
 
 def test_what_the_persistent_cache_had_is_not_kept(

@@ -52,6 +52,7 @@ def test_one_prompt(tmp_path, pipeline):
     "residency": "all",
     "lora": None,
     "lora_scale": 1.0,
+    "batch_size": 1,
     "executables": None,
   }
   assert pipeline.calls == [

@@ -264,6 +264,7 @@ def test_workdir_of_another_config(undisturbed):
     train.run(other, workdir)
 
 
+@pytest.mark.slow
 def test_overfitting_one_batch(data_dir, checkpoint, tmp_path):
   """One clip, one level: the loss goes to zero, far below where it began."""
   stage = tiny_training.stage(data_dir, 250, batch_size=1, peak=1e-2)

@@ -257,7 +257,10 @@ def cases():
       slow = pytest.mark.slow if larger or path.stem in SLOW else ()
       yield pytest.param(path, i, 0, id=f"{path.stem}-{i}", marks=slow)
       if path.stem in IMAGES and len(load(path).stages[i].data.buckets) > 1:
+        # Those of the autoencoder stay: one is enough each time.
         later = slow if i else ()
+        if path.stem == "svd_video_pretrain_train":
+          later = pytest.mark.slow
         yield pytest.param(
           path, i, -1, id=f"{path.stem}-{i}-images", marks=later
         )

@@ -19,6 +19,7 @@ def load(
   lora: str | Mapping[str, float] | None = None,
   lora_scale: float = 1.0,
   check: Callable[[Any], Any] | None = None,
+  batch_size: int = 1,
   executables: str | None = None,
 ) -> "Pipeline":
   """Loads a checkpoint, ready to sample.
@@ -38,6 +39,7 @@ def load(
     check: Is called with the model and its folder before its weights are read;
       what it raises ends the loading. Plans that it returns are compiled
       meanwhile.
+    batch_size: For how many clips at once they are.
     executables: A folder of `vidgen compile --save`, of which programs are
       taken that would be compiled otherwise.
 
@@ -57,6 +59,7 @@ def load(
     lora=lora,
     lora_scale=lora_scale,
     check=check,
+    batch_size=batch_size,
     programs=executables,
   )
 

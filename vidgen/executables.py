@@ -92,7 +92,7 @@ def arguments(tree: Any) -> str:
 
 
 def kept(
-  identity: Mapping[str, Any], plans: Sequence[base.Plan]
+  identity: Mapping[str, Any], plans: Sequence[base.Plan], batch_size: int
 ) -> pathlib.Path | None:
   """Returns the folder that keeps the programs of these plans, if one does.
 
@@ -107,6 +107,7 @@ def kept(
     {name: os.environ.get(name) for name in environment.VARIABLES},
     environment.instructions(),
     [_facts(plan) for plan in plans],
+    batch_size,
   ]
   text = json.dumps(facts, sort_keys=True, default=repr)
   return folder / hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -41,6 +41,7 @@ def load(
   lora_scale: float,
   check: Callable[[base.Model, pathlib.Path], Iterable[base.Plan] | None]
   | None,
+  batch_size: int,
   programs: str | None,
 ) -> Pipeline:
   """Loads a checkpoint; see `vidgen.load`."""
@@ -75,7 +76,7 @@ def load(
   identity = executables.identity(model, devices, mesh.shape)
   if programs is not None:
     pipeline.ready.add(executables.load(programs, identity, devices))
-  with _compiling(pipeline, plans, identity):
+  with _compiling(pipeline, plans, batch_size, identity):
     params = {}
     for component in model.components:
       where = None
@@ -122,7 +123,10 @@ def _shapes(model, mesh, dtype):
 
 @contextlib.contextmanager
 def _compiling(
-  pipeline: Pipeline, plans: Iterable[base.Plan], identity: dict[str, Any]
+  pipeline: Pipeline,
+  plans: Iterable[base.Plan],
+  batch_size: int,
+  identity: dict[str, Any],
 ) -> Iterator[None]:
   """Compiles what plans need while something else is done: files are read.
 
@@ -131,12 +135,14 @@ def _compiling(
   """
   plans, kept = list(plans), None
   if plans and not pipeline.ready:
-    kept = executables.kept(identity, plans)
+    kept = executables.kept(identity, plans, batch_size)
   if kept is not None and kept.is_dir():
     todo = functools.partial(_take_kept, pipeline, kept, identity)
   else:
     found = {
-      one.key: one for plan in plans for one in ahead.programs(pipeline, plan)
+      one.key: one
+      for plan in plans
+      for one in ahead.programs(pipeline, plan, batch_size)
     }
     todo = functools.partial(_compile, pipeline, found, kept, identity)
   thread = threading.Thread(target=todo, name="compile")

@@ -52,10 +52,8 @@ def load(
     for clip, error in errors_of.values():
       refused(clip, error)
     todo = planned if left is None else left(model, folder)
-    # Other sizes are compiled when they come up; batches and tiles always are.
-    ahead = [good[clip.index] for clip in todo[:1]]
-    if config.tiling or config.batch_size > 1:
-      return []
+    # Other sizes are compiled when they come up; tiles always are.
+    ahead = [] if config.tiling else [good[clip.index] for clip in todo[:1]]
     return [one for one in ahead if one is not None]
 
   return vidgen.load(
@@ -67,6 +65,7 @@ def load(
     lora=config.lora,
     lora_scale=config.lora_scale,
     check=check,
+    batch_size=config.batch_size,
     executables=config.executables,
   )
 

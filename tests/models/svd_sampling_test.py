@@ -247,6 +247,7 @@ def test_the_size_of_a_learned_mask_is_the_only_one():
     plan(config, height=16, width=16)
 
 
+@pytest.mark.slow
 def test_a_job_between_two_frames(between, folder, tmp_path, capsys):
   ends = [tmp_path / name for name in ("a.png", "b.png")]
   for path, image in zip(ends, (IMAGE, IMAGE[::-1]), strict=True):

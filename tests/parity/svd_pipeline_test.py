@@ -99,7 +99,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+  "case",
+  [
+    pytest.param(case, marks=[pytest.mark.slow] * (case == "fps_id"))
+    for case in CASES
+  ],
+)
 def test_an_image(case, pipelines, monkeypatch):
   theirs, ours = CASES[case]
   draws = Draws([4], monkeypatch)

@@ -120,7 +120,7 @@ def test_encode(small, frames):
   np.testing.assert_array_equal(got.logvar[..., -2:], logvar[..., -2:])
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 5, 7, *_slow(4, 8)])
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, *_slow(4, 7, 8)])
 def test_decode(small, frames):
   latents = _normal(2, frames, 2, 3, 4)
   got, want = small.decode(small.params, latents), small.want_decode(latents)
