@@ -276,7 +276,8 @@ function goodputSection() {
       const keys = el("div", { class: "legend" });
       parts.forEach(([name, s], i) => {
         const share = el("span", { title: `${plain(name)} ${duration(s)}` });
-        share.style.flex = `${s} 0 0`;
+        // Of less than 1 in all, flex would fill that part of the bar alone.
+        share.style.flex = `${(100 * s) / total} 0 0`;
         share.style.background = series(COLOURS[rank(name)] ?? i);
         bar.append(share);
         keys.append(el("span", {}, swatch(share.style.background),

@@ -70,7 +70,8 @@ function runsSection() {
         if (!used[j]) return null;
         const text = found[i][j];
         const fixed = ["command", "commit", "config"].includes(name);
-        const size = name === "command" || name === "ended" ? "wide" : "short";
+        const wraps = ["command", "ended", "took"].includes(name);
+        const size = wraps ? "wide" : "short";
         return el("td", { class: `${size} ${fixed ? "mono" : ""}` },
           shown(text, 300));
       }));
