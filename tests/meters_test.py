@@ -205,6 +205,15 @@ def test_peaks(kind, tera):
   assert peak == (None if tera is None else 2 * tera * 1e12)
 
 
+def test_the_peak_is_that_of_the_devices_at_work(tmp_path, monkeypatch):
+  monkeypatch.setattr(meters, "peak_flops", len)
+  whole = meters.Meters(tmp_path, 1, stream=io.StringIO())
+  assert whole._peak == len(jax.devices()) == 8
+  devices = jax.devices()[:2]
+  part = meters.Meters(tmp_path, 1, devices=devices, stream=io.StringIO())
+  assert part._peak == 2
+
+
 def test_utilisation(tmp_path):
   stream = io.StringIO()
   with meters.Meters(tmp_path, 30, log_every=30, stream=stream) as meter:

@@ -11,7 +11,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -54,6 +54,7 @@ class Meters:
     total: int,
     *,
     log_every: int = 10,
+    devices: Sequence[jax.Device] | None = None,
     stream: io.TextIOBase | None = None,
   ):
     """Makes them.
@@ -62,6 +63,7 @@ class Meters:
       folder: Of the run.
       total: The steps of the whole run.
       log_every: Steps from one record to the next; a terminal has a live line.
+      devices: What the run computes on, of all processes; all by default.
       stream: Where lines go; None is standard error.
     """
     self._folder, self._total = pathlib.Path(folder), total
@@ -69,7 +71,7 @@ class Meters:
     self._writes = jax.process_index() == 0
     self._clock = goodput.Clock()
     self._ledger = goodput.Ledger(self._folder, self._clock)
-    self._peak = peak_flops(jax.devices())
+    self._peak = peak_flops(jax.devices() if devices is None else devices)
     # Of each step: its number, seconds, videos and FLOPs so far.
     self._marks: collections.deque[tuple[int, float, float, float]]
     self._marks = collections.deque(maxlen=max(_WINDOW, log_every) + 1)
@@ -255,7 +257,7 @@ class Meters:
             self._board.close()
 
 
-def peak_flops(devices: list[jax.Device]) -> float | None:
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
   """Returns the dense bfloat16 FLOP/s of all devices, None if not known."""
   peaks = [
     next(

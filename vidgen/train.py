@@ -105,7 +105,12 @@ def run(
     provenance.recording(
       folder.path, "train", config, origin=origin, idle=IDLE
     ) as record,
-    meters.Meters(workdir, total, log_every=config.log_every) as meter,
+    meters.Meters(
+      workdir,
+      total,
+      log_every=config.log_every,
+      devices=list(mesh.devices.flat),
+    ) as meter,
     preemption.Preemption() as stop,
   ):
     _record_sources(record, trainer)
